@@ -1,0 +1,22 @@
+"""Parameter-efficient fine-tuning of Flax Linen models."""
+
+from peft_jax._adapters import (
+    LoRAConvAdapter,
+    LoRADenseAdapter,
+    LoRADenseGeneralAdapter,
+    LoRAEinsumAdapter,
+    LoRAEmbedAdapter,
+)
+from peft_jax._equation import LoraSpec
+from peft_jax._interceptor import Interceptor, ModuleInterceptor
+from peft_jax._lora import (
+    LoRAConv,
+    LoRADense,
+    LoRADenseGeneral,
+    LoRAEinsum,
+    LoRAEmbed,
+    LoRAWeight,
+)
+from peft_jax._model import lora_specs
+from peft_jax._params import fuse_params, merge_params, split_params
+from peft_jax._registry import register_layer

@@ -1,0 +1,368 @@
+"""Low-rank adapters: modules that compute ``scaling * x·a·b`` and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Array, Dtype, Initializer, PaddingLike, PrecisionLike
+import jax
+import jax.numpy as jnp
+
+from peft_jax._equation import (
+    DENSE,
+    EMBED,
+    LoraSpec,
+    LowRank,
+    conv_equation,
+    dense_general_equation,
+    parse_equation,
+)
+from peft_jax._interceptor import Untouched
+from peft_jax._low_rank import delta, low_rank_product
+from peft_jax._spec_box import boxed
+
+DEFAULT_A_INIT = nn.initializers.kaiming_uniform()
+DEFAULT_B_INIT = nn.initializers.zeros_init()
+
+
+def check_settings(owner: str, rank: Any, alpha: Any, dropout: Any) -> None:
+    """Refuses a rank, alpha or dropout rate that no adapter has.
+
+    Raises:
+      ValueError: with the owner's name and the value.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{owner}.rank is a positive integer, got {rank!r}.")
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise ValueError(f"{owner}.alpha is a number, or None for a scaling of 1, got {alpha!r}.")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{owner}.dropout is a rate of at least 0 and below 1, got {dropout!r}.")
+
+
+class LoRAAdapter(nn.Module, Untouched):
+    """Base of the adapters.
+
+    ``a_init`` and ``b_init`` are called with the matrix inside each array, ``(in, rank)`` and
+    ``(rank, out)``, so that fan-in counts the input axes and never the batch axes; each batch index
+    gets a draw of its own.
+
+    Attributes:
+      rank: length of the inner axis; at least 1.
+      alpha: the scaling is ``alpha / rank``; None: 1.
+      dropout: rate of the dropout on ``x``, drawn from the "dropout" rng.
+      deterministic: whether dropout is off; None: off where no "dropout" rng is given.
+      dtype: dtype of the computation (None: that of ``x``, ``a`` and ``b`` together).
+      param_dtype: dtype of ``a`` and ``b``.
+      a_init: initializer of ``a`` (Kaiming-uniform over the input axes).
+      b_init: initializer of ``b`` (zeros, so that the adapter changes nothing at the start).
+      precision: as in ``jax.lax.dot_general``.
+      adapts: name of the adapted parameter, for the spec; None where the adapter stands alone.
+      kernel_metadata: the box (``nn.Partitioned``, ...) of the kernel; ``a`` and ``b`` are
+        partitioned along the axes that they share with it.
+    """
+
+    _: dataclasses.KW_ONLY
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    deterministic: bool | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    a_init: Initializer = DEFAULT_A_INIT
+    b_init: Initializer = DEFAULT_B_INIT
+    precision: PrecisionLike = None
+    adapts: str | None = None
+    kernel_metadata: Any = None
+
+    def __post_init__(self) -> None:
+        check_settings(type(self).__name__, self.rank, self.alpha, self.dropout)
+        super().__post_init__()
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the product."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @nn.nowrap
+    def arrays(
+        self, equation: str, shape: Sequence[int], *, batch_in_b: bool = False
+    ) -> tuple[Array, Array, LowRank]:
+        """``a``, ``b`` and their equations, for a layer of this equation and kernel shape."""
+        layer = parse_equation(equation)
+        low_rank = layer.low_rank(batch_in_b=batch_in_b)
+        shapes = low_rank.shapes(layer.sizes(shape), self.rank)
+        spec = LoraSpec(self.adapts, low_rank.delta, self.rank, self.scaling, self.alpha)
+
+        def array(name: str, letters: str, shape: tuple[int, ...], init: Initializer) -> Array:
+            self._check_stored(name, shape)
+            init = _through_matrices(init, letters, low_rank)
+            init = boxed(init, letters, layer.kernel, self.kernel_metadata, spec)
+            return self.param(name, init, shape, self.param_dtype)
+
+        a = array("a", low_rank.a, shapes[0], self.a_init)
+        return a, array("b", low_rank.b, shapes[1], self.b_init), low_rank
+
+    @nn.nowrap
+    def product(
+        self,
+        x: Array,
+        equation: str,
+        shape: Sequence[int],
+        *,
+        deterministic: bool | None = None,
+        batch_in_b: bool = False,
+    ) -> Array:
+        """``scaling * x·a·b`` for a layer ``einsum(equation, x, kernel)``."""
+        a, b, low_rank = self.arrays(equation, shape, batch_in_b=batch_in_b)
+        x, a, b = promote_dtype(self.dropped(x, deterministic), a, b, dtype=self.dtype)
+        b = self.scaled(b)  # smaller than the product
+        return low_rank_product(
+            x, a, b, low_rank.first, low_rank.second, precision=self.precision
+        )
+
+    @nn.nowrap
+    def dropped(self, x: Array, deterministic: bool | None) -> Array:
+        """``x`` after dropout."""
+        if self.dropout == 0.0:
+            return x
+        if deterministic is None:
+            deterministic = self.deterministic
+        if deterministic is None:
+            deterministic = not self.has_rng("dropout")
+        return nn.Dropout(self.dropout, deterministic=deterministic, name="dropout")(x)
+
+    @nn.nowrap
+    def scaled(self, array: Array) -> Array:
+        """The array times the scaling, in its own dtype."""
+        return array if self.scaling == 1.0 else array * jnp.asarray(self.scaling, array.dtype)
+
+    @nn.nowrap
+    def _check_stored(self, name: str, shape: tuple[int, ...]) -> None:
+        assert self.scope is not None
+        stored = meta.unbox(self.get_variable("params", name))
+        if stored is not None and jnp.shape(stored) != shape:
+            raise ValueError(
+                f"The adapter at '{'/'.join(self.scope.path)}' has an array {name!r} of shape "
+                f"{jnp.shape(stored)}; rank {self.rank} on this layer needs {shape}. Use the rank "
+                "and the layer that the parameters were made for."
+            )
+
+
+def _through_matrices(init: Initializer, letters: str, low_rank: LowRank) -> Initializer:
+    """Draws an array through the matrices inside it, one for each index of its batch axes."""
+    batch = [i for i, c in enumerate(letters) if c in low_rank.batch]
+    order = [*batch, *(i for i in range(len(letters)) if i not in batch)]
+    is_a = letters == low_rank.a
+
+    def draw(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Any:
+        ordered = [shape[i] for i in order]
+        draws, rest = math.prod(ordered[: len(batch)]), ordered[len(batch) :]
+        matrix = (
+            (math.prod(rest[:-1]), rest[-1]) if is_a else (rest[0], math.prod(rest[1:]))
+        )
+        if batch:
+            value = jax.vmap(lambda key: init(key, matrix, dtype))(jax.random.split(key, draws))
+        else:
+            value = init(key, matrix, dtype)
+        array = jnp.reshape(meta.unbox(value), ordered)
+        array = jnp.transpose(array, [order.index(i) for i in range(len(order))])
+        return meta.replace_boxed(value, array)
+
+    return draw
+
+
+class LoRADenseAdapter(LoRAAdapter):
+    """``scaling * x·a·b`` for a kernel ``(in, out)``: ``a (in, r)``, ``b (r, out)``.
+
+    Attributes:
+      features: length of the output axis; None: as long as the input's.
+    """
+
+    features: int | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+        """Maps ``(..., in)`` to ``(..., out)``."""
+        width = inputs.shape[-1]
+        shape = (width, width if self.features is None else self.features)
+        return self.product(inputs, DENSE, shape, deterministic=deterministic)
+
+
+class LoRAEinsumAdapter(LoRAAdapter):
+    """``scaling * x·a·b`` for a layer ``einsum(einsum_str, x, kernel)``.
+
+    ``a`` holds the kernel's batch and contracted axes in kernel order, then ``r``; ``b`` holds
+    ``r``, then the kernel's other axes. For ``BTNH,NHD->BTD``: ``a (N, H, r)``, ``b (r, D)``.
+
+    Attributes:
+      einsum_str: ``inputs,kernel->outputs``.
+      shape: shape of the kernel.
+
+    Raises:
+      ValueError: where the equation has no low-rank form, or does not fit the shape.
+    """
+
+    einsum_str: str
+    shape: Sequence[int]
+
+    def __post_init__(self) -> None:
+        parse_equation(self.einsum_str).sizes(self.shape)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+        """Maps an input to an output of ``einsum_str``."""
+        return self.product(inputs, self.einsum_str, self.shape, deterministic=deterministic)
+
+
+class LoRADenseGeneralAdapter(LoRAAdapter):
+    """``scaling * x·a·b`` for ``nn.DenseGeneral``; batch axes stand in both arrays.
+
+    ``a (*batch, *in, r)``, ``b (*batch, r, *features)``.
+
+    Attributes:
+      features: output axes.
+      axis: axes of the input that are contracted.
+      batch_dims: batch axes of the input.
+    """
+
+    features: int | Sequence[int]
+    axis: int | Sequence[int] = -1
+    batch_dims: Sequence[int] = ()
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+        """Maps the input to an output of ``nn.DenseGeneral``."""
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        equation = dense_general_equation(inputs.ndim, self.axis, self.batch_dims, len(features))
+        layer = parse_equation(equation)
+        sizes = dict(zip(layer.inputs, inputs.shape, strict=True))
+        shape = tuple(sizes[c] for c in layer.kernel if c in sizes) + features
+        return self.product(
+            inputs, equation, shape, deterministic=deterministic, batch_in_b=True
+        )
+
+
+class LoRAConvAdapter(LoRAAdapter):
+    """``scaling * conv(x, a)·b``: ``a (*window, in / groups, r)``, ``b (r, out)``.
+
+    The window is that of the layer; ``b`` acts on each place of the output by itself.
+
+    Attributes:
+      features, kernel_size, strides, padding, input_dilation, kernel_dilation,
+        feature_group_count: as in ``nn.Conv``.
+      transpose: whether the layer is an ``nn.ConvTranspose`` (without ``input_dilation`` and
+        groups).
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: None | int | Sequence[int] = 1
+    padding: PaddingLike = "SAME"
+    input_dilation: None | int | Sequence[int] = 1
+    kernel_dilation: None | int | Sequence[int] = 1
+    feature_group_count: int = 1
+    transpose: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+        """Maps ``(*batch, *places, in)`` to ``(*batch, *places, out)``."""
+        groups = self.feature_group_count
+        window = (self.kernel_size,) if isinstance(self.kernel_size, int) else self.kernel_size
+        shape = (*window, inputs.shape[-1] // groups, self.features)
+        a, b, _ = self.arrays(conv_equation(len(window)), shape)
+        x, a, b = promote_dtype(self.dropped(inputs, deterministic), a, b, dtype=self.dtype)
+        b = self.scaled(b)
+        if groups == 1:
+            return jnp.einsum("...r,ro->...o", self._convolve(x, a), b, precision=self.precision)
+        # Every group of inputs goes through all of `a`, and meets the columns of `b` that make
+        # the outputs of this group.
+        hidden = self._convolve(x, jnp.tile(a, groups))
+        hidden = hidden.reshape(*hidden.shape[:-1], groups, self.rank)
+        b = b.reshape(self.rank, groups, self.features // groups)
+        y = jnp.einsum("...gr,rgo->...go", hidden, b, precision=self.precision)
+        return y.reshape(*y.shape[:-2], self.features)
+
+    @nn.nowrap
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        fields: dict[str, Any] = {
+            "features": kernel.shape[-1],
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "kernel_dilation": self.kernel_dilation,
+            "precision": self.precision,
+            "dtype": x.dtype,
+            "use_bias": False,
+            "parent": None,
+        }
+        if self.transpose:
+            layer: nn.Module = nn.ConvTranspose(**fields)
+        else:
+            layer = nn.Conv(
+                **fields,
+                input_dilation=self.input_dilation,
+                feature_group_count=self.feature_group_count,
+            )
+        return layer.apply({"params": {"kernel": kernel}}, x)
+
+
+class LoRAEmbedAdapter(LoRAAdapter):
+    """``scaling * a[ids]·b``: ``a (vocab, r)``, ``b (r, features)``.
+
+    Dropout acts on the rows of ``a`` that are looked up, and on the query of `attend`.
+
+    Attributes:
+      num_embeddings: length of the vocabulary.
+      features: length of an embedding.
+    """
+
+    num_embeddings: int
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+        """Maps indices ``(...)`` to ``(..., features)``."""
+        a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
+        a, b = promote_dtype(a, b, dtype=self.dtype)
+        if self.num_embeddings == 1:  # nn.Embed ignores the indices then
+            inputs = jnp.zeros_like(inputs)
+        rows = self.dropped(jnp.take(a, inputs, axis=0), deterministic)
+        return jnp.einsum("...r,rf->...f", rows, self.scaled(b), precision=self.precision)
+
+    @nn.compact
+    def attend(self, query: Array, deterministic: bool | None = None) -> Array:
+        """Maps ``(..., features)`` to ``(..., vocab)``, the product with ``(a·b)ᵀ``."""
+        a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
+        query, a, b = promote_dtype(
+            self.dropped(query, deterministic), a, b, dtype=self.dtype
+        )
+        return low_rank_product(
+            query, self.scaled(b), a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
+        )
+
+
+class LoRAWeightAdapter(LoRAAdapter):
+    """``scaling * a·b`` itself, in the kernel's shape.
+
+    Attributes:
+      equation: the layer's equation.
+      shape: shape of the kernel.
+      batch_in_b: whether batch axes stand in ``b`` too.
+    """
+
+    equation: str
+    shape: Sequence[int]
+    batch_in_b: bool = False
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """The change of the kernel, in float32 or wider."""
+        a, b, low_rank = self.arrays(self.equation, self.shape, batch_in_b=self.batch_in_b)
+        return delta(a, b, low_rank.delta, self.scaling)

@@ -1,0 +1,276 @@
+"""The low-rank product `x·a·b`, the weight delta, and the matrix inside a kernel: arrays only."""
+
+import functools
+import itertools
+import math
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Array = jax.Array
+Precision = Any  # whatever `jax.lax.dot_general` takes
+
+
+# --- The product ---------------------------------------------------------------------------------
+
+
+def low_rank_product(
+    x: Array, a: Array, b: Array, first: str, second: str, *, precision: Precision = None
+) -> Array:
+    """Send `x` through the rank: `einsum(second, einsum(first, x, a), b)`.
+
+    On CPU, tokens that span several axes are merged into one: XLA would otherwise transpose all of
+    `x` and of the output's cotangent for the gradients of `a` and `b`, and a step of training takes
+    twice the time. On accelerators the axes stay as they are, for merging sharded axes gathers
+    them. The platform that counts is the one the program is lowered for.
+
+    Args:
+        x: The layer's input, of the dtype of `a` and `b`.
+        a: From the input to the rank.
+        b: From the rank to the output.
+        first: An equation such as `...i,ir->...r` or `btnh,nhr->btr`.
+        second: An equation such as `...r,ro->...o`.
+        precision: As in `jax.lax.dot_general`.
+
+    Returns:
+        The product without its scaling, of the dtype of the operands.
+    """
+    return _product(_product(x, a, first, precision), b, second, precision)
+
+
+def _product(x: Array, weight: Array, equation: str, precision: Precision) -> Array:
+    letters = _without_ellipsis(equation, x.ndim)
+    plain = (
+        not _is_contraction(letters)
+        or x.dtype != weight.dtype
+        or _is_laid_out(x)
+        or _is_laid_out(weight)
+    )
+    if plain:
+        return jnp.einsum(equation, x, weight, precision=precision)
+    return _contract_p.bind(x, weight, equation=letters, precision=precision)
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_ellipsis(equation: str, ndim: int) -> str:
+    """Give the axes of the first operand's ellipsis letters of their own."""
+    equation = equation.replace(" ", "")
+    named = len(equation.split(",")[0].replace("...", ""))
+    free = [letter for letter in string.ascii_letters if letter not in equation]
+    return equation.replace("...", "".join(free[: ndim - named]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_contraction(equation: str) -> bool:
+    """Whether no term repeats a letter, and every letter stands in two terms or in all three.
+
+    Such equations are closed under transposition, which permutes the terms, and under batching,
+    which adds a letter.
+    """
+    terms = _terms(equation)
+    return all(len(set(term)) == len(term) for term in terms) and all(
+        sum(letter in term for term in terms) > 1 for letter in set("".join(terms))
+    )
+
+
+def _is_laid_out(array: Array) -> bool:
+    """Whether the array's type fixes its place on a mesh: explicit axes, and inside `shard_map`."""
+    kinds = jax.typeof(array).sharding.mesh.axis_types
+    return any(kind != jax.sharding.AxisType.Auto for kind in kinds)
+
+
+def _terms(equation: str) -> tuple[str, str, str]:
+    operands, out = equation.split("->")
+    left, right = operands.split(",")
+    return left, right, out
+
+
+def _sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
+    size: dict[str, int] = {}
+    for term, shape in zip(_terms(equation), shapes, strict=False):
+        if len(term) != len(shape):
+            raise ValueError(f"{equation}: the operand {term} has {len(shape)} axes, {shape}")
+        for letter, length in zip(term, shape, strict=True):
+            if size.setdefault(letter, length) != length:
+                raise ValueError(f"{equation}: {letter} is {size[letter]} and {length} in {shapes}")
+    return size
+
+
+# --- A contraction that is lowered by platform ---------------------------------------------------
+# A primitive rather than `jax.lax.platform_dependent`: reverse mode through the latter carries the
+# residuals of every branch, zeros for those not taken, and leaves a `case` in every program.
+
+
+def _contract(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
+    """`einsum(equation, lhs, rhs)` as one `dot_general`."""
+    left, right, out = _terms(equation)
+    both = [letter for letter in left if letter in right]
+    batch = [letter for letter in both if letter in out]
+    summed = [letter for letter in both if letter not in out]
+    product = jax.lax.dot_general(
+        lhs,
+        rhs,
+        (
+            ([left.index(i) for i in summed], [right.index(i) for i in summed]),
+            ([left.index(i) for i in batch], [right.index(i) for i in batch]),
+        ),
+        precision=precision,
+    )
+    order = batch + [i for i in left + right if i not in both]
+    return jax.lax.transpose(product, [order.index(i) for i in out])
+
+
+def _contract_on_cpu(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
+    """The same, with neighbouring axes merged and the narrower operand first."""
+    left, right, out = _terms(equation)
+    size = _sizes(equation, lhs.shape, rhs.shape)
+    shape = tuple(size[letter] for letter in out)
+    while pair := _neighbours(equation):
+        first, second = pair
+        equation = equation.replace(first + second, first)
+        size[first] *= size.pop(second)
+    left, right, out = _terms(equation)
+    lhs = lhs.reshape([size[letter] for letter in left])
+    rhs = rhs.reshape([size[letter] for letter in right])
+
+    rows = [letter for letter in left if letter not in right]
+    columns = [letter for letter in right if letter not in left]
+    if not _sums_leading_axes(left, out) or _count(rows, size) <= _count(columns, size):
+        product = _contract(lhs, rhs, equation=equation, precision=precision)
+        return product.reshape(shape)
+    # The gradient of `a`, `x^T·c`, is of this kind: transposing a wide left operand costs nine
+    # times what transposing a narrow one does. The barrier keeps XLA from turning it round again.
+    turned = "".join([letter for letter in out if letter not in rows + columns] + columns + rows)
+    product = _contract(rhs, lhs, equation=f"{right},{left}->{turned}", precision=precision)
+    product = jax.lax.optimization_barrier(product)
+    return product.transpose([turned.index(letter) for letter in out]).reshape(shape)
+
+
+def _sums_leading_axes(left: str, out: str) -> bool:
+    return left[-1:] in out
+
+
+def _count(letters: list[str], size: dict[str, int]) -> int:
+    return math.prod(size[letter] for letter in letters)
+
+
+def _neighbours(equation: str) -> tuple[str, str] | None:
+    """Two letters that stand side by side, in this order, in every term that has either."""
+    for term in _terms(equation):
+        for first, second in itertools.pairwise(term):
+            if equation.count(first) == equation.count(second) == equation.count(first + second):
+                return first, second
+    return None
+
+
+def _contract_type(
+    lhs: jax.core.ShapedArray, rhs: jax.core.ShapedArray, *, equation: str, precision: Precision
+) -> jax.core.ShapedArray:
+    size = _sizes(equation, lhs.shape, rhs.shape)
+    _, _, out = _terms(equation)
+    return jax.core.ShapedArray(tuple(size[letter] for letter in out), lhs.dtype)
+
+
+def _transpose_lhs(
+    cotangent: Array, lhs: Any, rhs: Array, *, equation: str, precision: Precision
+) -> Array:
+    left, right, out = _terms(equation)
+    return _contract_p.bind(cotangent, rhs, equation=f"{out},{right}->{left}", precision=precision)
+
+
+def _transpose_rhs(
+    cotangent: Array, lhs: Array, rhs: Any, *, equation: str, precision: Precision
+) -> Array:
+    left, right, out = _terms(equation)
+    return _contract_p.bind(lhs, cotangent, equation=f"{left},{out}->{right}", precision=precision)
+
+
+def _batch(
+    operands: tuple[Array, Array],
+    axes: tuple[int | None, int | None],
+    *,
+    equation: str,
+    precision: Precision,
+) -> tuple[Array, int]:
+    new = next(letter for letter in string.ascii_letters if letter not in equation)
+    *terms, out = _terms(equation)
+    left, right = (
+        term if axis is None else term[:axis] + new + term[axis:]
+        for term, axis in zip(terms, axes, strict=True)
+    )
+    equation = f"{left},{right}->{new}{out}"
+    return _contract_p.bind(*operands, equation=equation, precision=precision), 0
+
+
+_contract_p = Primitive("low_rank_contraction")
+_contract_p.def_impl(_contract)
+_contract_p.def_abstract_eval(_contract_type)
+ad.defbilinear(_contract_p, _transpose_lhs, _transpose_rhs)
+batching.primitive_batchers[_contract_p] = _batch
+mlir.register_lowering(_contract_p, mlir.lower_fun(_contract, multiple_results=False))
+mlir.register_lowering(
+    _contract_p, mlir.lower_fun(_contract_on_cpu, multiple_results=False), platform="cpu"
+)
+
+
+# --- The weight delta ----------------------------------------------------------------------------
+
+
+def delta(a: Array, b: Array, equation: str, scaling: float | Array) -> Array:
+    """What the adapter adds to the kernel: `scaling * einsum(equation, a, b)`.
+
+    Args:
+        a: From the input to the rank.
+        b: From the rank to the output.
+        equation: Such as `ir,ro->io`, or `...ir,...ro->...io` for layers stacked along the leading
+            axes.
+        scaling: A number, or an array that holds one for each stacked layer.
+
+    Returns:
+        The delta in float32, or in the operands' dtype where that is wider: rounding to the
+        kernel's dtype is left to the caller, who does it once, after the sum.
+    """
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    product = jnp.einsum(
+        equation, a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST
+    )
+    factor = jnp.asarray(scaling, dtype)
+    return product * factor.reshape(factor.shape + (1,) * (product.ndim - factor.ndim))
+
+
+# --- The matrix inside a kernel ------------------------------------------------------------------
+
+
+def matricize(
+    kernel: Array, inputs: tuple[int, ...], outputs: tuple[int, ...], batch: tuple[int, ...]
+) -> Array:
+    """View a kernel as one matrix for each index of its batch axes; see `unmatricize`.
+
+    Args:
+        kernel: Any kernel; every axis is in one of the three groups.
+        inputs: The axes that the layer contracts.
+        outputs: The axes that the layer adds to its output.
+        batch: The axes that input, kernel and output share.
+
+    Returns:
+        An array of shape `(batch, in, out)`, axes of a group merged in the order given.
+    """
+    sizes = [math.prod(kernel.shape[axis] for axis in axes) for axes in (batch, inputs, outputs)]
+    return kernel.transpose((*batch, *inputs, *outputs)).reshape(sizes)
+
+
+def unmatricize(
+    matrix: Array,
+    shape: tuple[int, ...],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    batch: tuple[int, ...],
+) -> Array:
+    """Give the `(batch, in, out)` matrices of `matricize` the kernel's `shape` again."""
+    order = (*batch, *inputs, *outputs)
+    unmerged = matrix.reshape(tuple(shape[axis] for axis in order))
+    return unmerged.transpose(tuple(order.index(axis) for axis in range(len(order))))

@@ -1,0 +1,74 @@
+"""What a model is made of: the specs of its adapters, found by tracing it abstractly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+import jax
+import numpy as np
+
+from peft_jax._equation import LoraSpec
+from peft_jax._interceptor import record
+from peft_jax._spec_box import read_specs
+
+
+def lora_specs(
+    model: nn.Module,
+    *inputs: Any,
+    method: Callable[..., Any] | str | None = None,
+    rngs: Any = None,
+    **kwargs: Any,
+) -> dict[str, LoraSpec]:
+    """The spec of every adapter that runs when the model is called on these inputs.
+
+    The model is initialized abstractly (``jax.eval_shape``): no array is made. Adapters count
+    whether they are written into the model or put there by an active interceptor.
+
+    Example::
+
+      with peft.ModuleInterceptor(rule):
+        specs = peft.lora_specs(model, jax.ShapeDtypeStruct((1, 128), "int32"), train=False)
+
+    Args:
+      model: a Linen module, unbound.
+      *inputs: arguments of the method. Arrays and ``jax.ShapeDtypeStruct`` are abstract; anything
+        else passes as it is.
+      method: the method to run (default ``__call__``).
+      rngs: as for ``model.init``; default: a key for "params".
+      **kwargs: further arguments of the method, treated as ``inputs``.
+
+    Returns:
+      From the slashed path of each adapter (``block_0/dense/lora``) to its `LoraSpec`.
+
+    Raises:
+      ValueError: where ``model`` is no unbound Linen module.
+    """
+    if not isinstance(model, nn.Module) or model.scope is not None:
+        raise ValueError(
+            f"lora_specs takes an unbound Linen module, got {type(model).__name__}"
+            f"{' that is bound' if isinstance(model, nn.Module) else ''}. Give the model itself, "
+            "not its parameters, nor a module inside `apply`."
+        )
+    rngs = {"params": jax.random.key(0)} if rngs is None else rngs
+    leaves, tree = jax.tree.flatten((rngs, inputs, kwargs))
+    abstract = [_is_array(leaf) for leaf in leaves]
+
+    def init(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        given = [
+            next(remaining) if is_array else leaf
+            for leaf, is_array in zip(leaves, abstract, strict=True)
+        ]
+        rngs, inputs, kwargs = jax.tree.unflatten(tree, given)
+        return model.init(rngs, *inputs, method=method, **kwargs)
+
+    with record():
+        arrays = [leaf for leaf, is_array in zip(leaves, abstract, strict=True) if is_array]
+        variables = jax.eval_shape(init, arrays)
+    return read_specs(variables.get("params", {}))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

@@ -1,0 +1,62 @@
+"""Where adapters lie in a parameter tree, and how they are told from the user's own branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from flax.core import meta
+import numpy as np
+
+LORA = "lora"
+_FIRST = "_peft_jax_first_adapter"
+
+
+def is_adapter(name: str, branch: Any) -> bool:
+    """Whether a branch of a parameter tree is an adapter, rather than a user's own ``lora``.
+
+    An adapter is named ``lora`` or ``lora_<parameter>`` (or is a ``LoRA...Adapter`` that stands
+    alone) and holds the two arrays ``a`` and ``b`` and nothing else, which share an axis, the
+    rank: the last of ``a``.
+    """
+    if not isinstance(name, str):
+        return False
+    named = name == LORA or name.startswith(f"{LORA}_") or _stands_alone(name)
+    if not named or not isinstance(branch, Mapping) or set(branch) != {"a", "b"}:
+        return False
+    if any(isinstance(branch[leaf], Mapping | list | tuple) for leaf in branch):
+        return False
+    a, b = (np.shape(meta.unbox(branch[leaf])) for leaf in ("a", "b"))
+    return not (a and b) or a[-1] in b
+
+
+def _stands_alone(name: str) -> bool:
+    kind = name.rstrip("0123456789")
+    return name.startswith("LoRA") and kind.endswith("Adapter_") and kind != name
+
+
+def adapter_name(module: nn.Module, param: str) -> str:
+    """The name of the adapter of one parameter, in the scope that holds the parameter.
+
+    It is ``lora``. Where the scope holds several kernels, it is ``lora_<parameter>`` for those
+    beyond the module's first, and for those of modules that share the scope of another.
+    """
+    scope = module.scope
+    assert scope is not None
+    specific = f"{LORA}_{param}"
+    if scope.has_variable("params", specific):
+        return specific
+    if param != "kernel" and _shares_scope(module):
+        return specific
+    first = module.__dict__.setdefault(_FIRST, param)
+    return LORA if first == param else specific
+
+
+def _shares_scope(module: nn.Module) -> bool:
+    """Whether the module lives in the scope of a module of another name (``nn.share_scope``)."""
+    scope, parent = module.scope, module.parent
+    assert scope is not None
+    if isinstance(parent, nn.Module):
+        return parent.scope == scope
+    return scope.name is not None and module.name not in (None, scope.name)

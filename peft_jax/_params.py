@@ -1,0 +1,250 @@
+"""Parameter trees: split off the adapters, merge them back, fuse them into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import difflib
+from typing import Any, NamedTuple
+
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+
+from peft_jax._equation import LoraSpec
+from peft_jax._names import is_adapter
+from peft_jax._stacked import spec_delta
+from peft_jax._trees import (
+    Layer,
+    Path,
+    adapter_paths,
+    children,
+    is_branch,
+    map_layers,
+    rebuild,
+    slashed,
+)
+
+Specs = Mapping[str, LoraSpec]
+
+
+class SplitParams(NamedTuple):
+    """The two halves of a parameter tree."""
+
+    original: Any
+    lora: Any
+
+
+def split_params(params: Any) -> SplitParams:
+    """Splits a parameter tree into the base's parameters and the adapters.
+
+    Leaves are passed on, not copied. Containers keep their type; lists and tuples keep their length
+    in both halves, with ``{}`` in place of what has no adapter. Inverse of `merge_params`, exactly.
+
+    Args:
+      params: nested dicts, FrozenDicts, lists and tuples, with adapters (``lora/{a,b}``) in them. A
+        user's own module or leaf named ``lora`` is not an adapter: it stays in the base.
+
+    Returns:
+      ``(original, lora)``; in ``lora`` only the branches that lead to adapters.
+    """
+    original, lora = _split(params)
+    if lora is None:
+        lora = rebuild(params, {}) if isinstance(params, Mapping) else {}
+    return SplitParams(original, lora)
+
+
+def _split(tree: Any) -> tuple[Any, Any]:
+    if not is_branch(tree):
+        return tree, None
+    base: dict[Any, Any] = {}
+    lora: dict[Any, Any] = {}
+    for key, value in children(tree):
+        if isinstance(tree, Mapping) and is_adapter(key, value):
+            lora[key] = value
+            continue
+        base[key], inside = _split(value)
+        if inside is not None:
+            lora[key] = inside
+    if not lora:
+        return rebuild(tree, base), None
+    if not isinstance(tree, Mapping):
+        lora = {key: lora.get(key, {}) for key in base}
+    return rebuild(tree, base), rebuild(tree, lora)
+
+
+def merge_params(original: Any, lora: Any) -> Any:
+    """Puts adapters beside the weights that they adapt. Inverse of `split_params`.
+
+    Args:
+      original: the base's parameters.
+      lora: a tree of adapters, as `split_params` returns it.
+
+    Returns:
+      One tree, of the container types of ``original``.
+
+    Raises:
+      ValueError: where the trees do not fit: an adapter for a layer that is not there, an adapter
+        that is there already, a leaf that is no adapter.
+    """
+    return _merge(original, lora, ())
+
+
+def _merge(original: Any, lora: Any, path: Path) -> Any:
+    if is_branch(lora) and not len(lora):
+        return original
+    if not is_branch(original) or not is_branch(lora):
+        raise ValueError(
+            f"merge_params: '{slashed(path)}' is {_described(original)} in the base and "
+            f"{_described(lora)} in the adapters. The second tree holds adapters alone, at the "
+            "paths of the first; `split_params` makes such a pair."
+        )
+    if isinstance(original, Mapping) != isinstance(lora, Mapping) or (
+        not isinstance(original, Mapping) and len(original) != len(lora)
+    ):
+        raise ValueError(
+            f"merge_params: '{slashed(path)}' is {_described(original)} in the base and "
+            f"{_described(lora)} in the adapters. Merge adapters of the same model."
+        )
+    merged = dict(children(original))
+    for key, value in children(lora):
+        inner = (*path, str(key))
+        if isinstance(lora, Mapping) and is_adapter(key, value):
+            if key in merged:
+                raise ValueError(
+                    f"merge_params: the base has something at '{slashed(inner)}' already. Take "
+                    "its adapters off first, by `split_params`."
+                )
+            merged[key] = value
+        elif key not in merged:
+            close = difflib.get_close_matches(str(key), [str(name) for name in merged], 3)
+            raise ValueError(
+                f"merge_params: the base has no '{slashed(inner)}', for which there are "
+                f"{_described(value)}. Close names: {close}. Merge adapters of the same model."
+            )
+        else:
+            merged[key] = _merge(merged[key], value, inner)
+    return rebuild(original, merged)
+
+
+def _described(tree: Any) -> str:
+    if isinstance(tree, Mapping):
+        return f"a dict of {sorted(map(str, tree))}"
+    if is_branch(tree):
+        return f"a {type(tree).__name__} of {len(tree)}"
+    return f"a leaf ({type(tree).__name__})"
+
+
+def fuse_params(params: Any, *, specs: Specs | None = None) -> Any:
+    """Adds every adapter to the weight beside it: ``W + scaling * a·b``.
+
+    The sum is taken in float32 (or wider) and rounded once to the dtype of ``W``. The result is a
+    tree for the plain model. Inverse: `unfuse_params`. Works under ``jax.jit``.
+
+    Args:
+      params: a parameter tree with adapters.
+      specs: from `lora_specs`. Without them each weight is read as that of a Dense layer, ``(in,
+        out)`` with a scaling of 1; anything else raises, for arrays alone tell neither the alpha
+        nor the layout.
+
+    Returns:
+      The tree without adapters; containers and boxes as they were.
+
+    Raises:
+      ValueError: where an adapter has no spec, a spec no adapter, shapes do not fit, the arrays
+        leave a doubt, or the weight is stored in integers.
+    """
+    _check_paths(params, specs, "fuse_params")
+
+    def fuse(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        for name, adapter in adapters.items():
+            param, change = _change((*path, name), layer, adapter, specs)
+            layer[param] = _rounded(layer[param], change, 1)
+        return layer
+
+    return map_layers(params, fuse)
+
+
+def _check_paths(params: Any, specs: Specs | None, caller: str) -> None:
+    """Every adapter has a spec, and every spec an adapter."""
+    if specs is None:
+        return
+    if not isinstance(specs, Mapping) or not all(
+        isinstance(spec, LoraSpec) for spec in specs.values()
+    ):
+        raise ValueError(
+            f"{caller}: specs map the slashed path of each adapter to its LoraSpec, got "
+            f"{type(specs).__name__}. `peft.lora_specs(model, *inputs)` makes them."
+        )
+    there = set(adapter_paths(params))
+    missing, surplus = sorted(there - set(specs)), sorted(set(specs) - there)
+    if missing or surplus:
+        raise ValueError(
+            f"{caller}: specs and parameters are of different models. Adapters without a spec: "
+            f"{missing}; specs without an adapter: {surplus}. Take the specs from "
+            "`peft.lora_specs` of the model that made the parameters."
+        )
+
+
+def _change(
+    path: Path, layer: Layer, adapter: Mapping[str, Any], specs: Specs | None
+) -> tuple[str, jax.Array]:
+    """Name of the adapted parameter, and what the adapter adds to it."""
+    spec = _assumed_spec(path, layer, adapter) if specs is None else specs["/".join(path)]
+    if spec.param is None:
+        raise ValueError(
+            f"The adapter at '{slashed(path)}' stands alone (a LoRA...Adapter without a layer): "
+            "there is no weight that it could be fused into."
+        )
+    if spec.param not in layer or is_branch(layer[spec.param]):
+        raise ValueError(
+            f"The adapter at '{slashed(path)}' adapts {spec.param!r}, but beside it lie "
+            f"{sorted(layer)}. Give the specs of this model."
+        )
+    kernel = meta.unbox(layer[spec.param])
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"The weight at '{slashed((*path[:-1], spec.param))}' is stored as {kernel.dtype}; an "
+            "adapter is fused into floating-point weights. Dequantize it first."
+        )
+    a, b = meta.unbox(adapter["a"]), meta.unbox(adapter["b"])
+    try:
+        change = spec_delta(a, b, spec)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"The adapter at '{slashed(path)}' has a {jnp.shape(a)} and b {jnp.shape(b)}, which do "
+            f"not fit its equation '{spec.equation}' (stack axes {spec.stack_axes})."
+        ) from error
+    if change.shape != kernel.shape:
+        raise ValueError(
+            f"The adapter at '{slashed(path)}' makes a change of shape {change.shape} by "
+            f"'{spec.equation}', but {spec.param!r} has shape {kernel.shape}. Give the specs of "
+            "this model (`peft.lora_specs`)."
+        )
+    return spec.param, change
+
+
+def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraSpec:
+    """The spec of a Dense layer, where nothing speaks against it."""
+    weights = [
+        name
+        for name, value in layer.items()
+        if not is_branch(value) and jnp.ndim(meta.unbox(value)) >= 2
+    ]
+    a, b = (jnp.shape(meta.unbox(adapter[name])) for name in ("a", "b"))
+    if len(weights) == 1:
+        shape = jnp.shape(meta.unbox(layer[weights[0]]))
+        if len(a) == len(b) == 2 and a[1] == b[0] and shape == (a[0], b[1]):
+            return LoraSpec(weights[0], "ir,ro->io", a[1])
+    found = {name: jnp.shape(meta.unbox(layer[name])) for name in weights}
+    raise ValueError(
+        f"The adapter at '{slashed(path)}' (a {a}, b {b}) is not plainly that of one Dense layer; "
+        f"beside it lie {found}. Pass specs=peft.lora_specs(model, *inputs)."
+    )
+
+
+def _rounded(stored: Any, change: jax.Array, sign: int) -> Any:
+    """``stored + sign * change``, rounded once to the stored dtype, in the stored box."""
+    kernel = meta.unbox(stored)
+    dtype = jnp.promote_types(kernel.dtype, change.dtype)
+    total = kernel.astype(dtype) + sign * change.astype(dtype)
+    return meta.replace_boxed(stored, total.astype(kernel.dtype))

@@ -1,0 +1,260 @@
+"""What the library knows of each layer type: its parameter, its equation, its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import inspect
+from typing import Any
+
+from flax import linen as nn
+
+from peft_jax._equation import (
+    DENSE,
+    EMBED,
+    conv_equation,
+    dense_general_equation,
+    parse_equation,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a method of a bound module."""
+
+    module: nn.Module
+    method: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The module's slashed path; ``(the model itself)`` at the root."""
+        scope = self.module.scope
+        return "/".join(scope.path if scope is not None else ()) or "(the model itself)"
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument of the call, given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """How to read a layer ``y = einsum(equation, x, parameter)``.
+
+    Attributes:
+      param: name of its parameter.
+      kind: which adapter computes ``x·a·b`` beside it: a row of the table in ``_lora``.
+      equation: the layer's equation, as this call uses it.
+      input: the layer's ``x``, as this call receives it.
+      methods: the methods that are this product; others pass unchanged.
+      beside: whether ``y + x·a·b`` is what the layer gives with ``W + a·b``. Otherwise the adapter
+        joins the weight.
+      check: refuses a module that can be told to be unfit before it is called.
+    """
+
+    param: str
+    kind: str
+    equation: Callable[[Call], str]
+    input: Callable[[Call], Any] = lambda call: call.argument(0, "inputs")
+    methods: tuple[str, ...] = ("__call__",)
+    beside: Callable[[Call], bool] = lambda call: True
+    check: Callable[[nn.Module], None] = lambda module: None
+
+
+def layer_type(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
+    """The class that a user wrote: the base of a class made by a lifted transform.
+
+    ``nn.remat(nn.Dense)`` is a subclass of ``nn.Dense`` whose call runs a plain ``nn.Dense``
+    inside the transform.
+    """
+    cls = module if isinstance(module, type) else type(module)
+    return next(base for base in cls.__mro__ if base.__module__ != nn.remat.__module__)
+
+
+_LAYERS: dict[type[nn.Module], Layer] = {}
+
+
+def find_layer(module: nn.Module | type[nn.Module]) -> Layer | None:
+    """What is registered for the module's exact type; None where nothing is."""
+    return _LAYERS.get(layer_type(module))
+
+
+def require_layer(module: nn.Module, wrapper: str) -> Layer:
+    """`find_layer`, or an error that names the remedy."""
+    layer = find_layer(module)
+    if layer is None:
+        cls = layer_type(module).__name__
+        parents = [
+            base.__name__ for base in layer_type(module).__mro__[1:] if base in _LAYERS
+        ]
+        like = (
+            f" If its forward is still that of {parents[0]}, opt in by "
+            f"`peft.register_layer({cls}, like=nn.{parents[0]})`."
+            if parents
+            else ""
+        )
+        raise ValueError(
+            f"{wrapper} adapts layers whose product it knows, and {cls} is not registered (types "
+            f"match exactly: a subclass may compute something else).{like} Say how it reads its "
+            f"parameter by `peft.register_layer({cls}, param=..., equation=...)`, or adapt it at "
+            "the weight by `peft.LoRAWeight(rank=..., wrapped=...)`."
+        )
+    return layer
+
+
+def register_layer(
+    module_type: type[nn.Module],
+    *,
+    param: str = "kernel",
+    equation: str | Callable[..., str] | None = None,
+    input: str | Callable[..., Any] | None = None,
+    like: type[nn.Module] | None = None,
+) -> type[nn.Module]:
+    """Tells the library how a module type uses its parameter.
+
+    The layer must be ``y = einsum(equation, x, parameter)``, plus terms that do not depend on the
+    parameter (a bias): the library then adds ``scaling * x·a·b`` to its output. For a module with
+    anything else around the product, use `LoRAWeight` instead.
+
+    Types match exactly; a subclass opts in by a registration of its own (``like=`` repeats that of
+    its parent). Registering a type again replaces what was said before.
+
+    Example::
+
+      peft.register_layer(MyDense, param="w", equation="...i,io->...o")
+      peft.register_layer(  # the equation is an argument of the call
+          MyEinsum, param="w", equation=lambda module, eqn, x: eqn, input="x")
+
+    Args:
+      module_type: a subclass of ``nn.Module``.
+      param: name of the parameter, as in ``self.param(name, ...)``.
+      equation: ``inputs,parameter->outputs``, or a function of ``(module, *args, **kwargs)``, the
+        arguments of ``__call__``, that returns it.
+      input: name of the argument of ``__call__`` that holds ``x`` (default: the first), or a
+        function of ``(module, *args, **kwargs)`` that returns it.
+      like: a registered type; the new type is read in the same way.
+
+    Returns:
+      ``module_type``, so that a ``functools.partial`` of this serves as a decorator.
+
+    Raises:
+      ValueError: on an equation that has no low-rank form, an unknown argument name, or a type
+        that is no Linen module.
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise ValueError(f"register_layer takes a subclass of nn.Module, got {module_type!r}.")
+    if like is not None:
+        if equation is not None or input is not None or param != "kernel":
+            raise ValueError("register_layer takes either `like` or a description, not both.")
+        if like not in _LAYERS:
+            raise ValueError(
+                f"register_layer(like={like!r}): that type is not registered. Registered are "
+                f"{sorted(cls.__name__ for cls in _LAYERS)}."
+            )
+        _LAYERS[module_type] = _LAYERS[like]
+        return module_type
+    if equation is None:
+        raise ValueError(
+            f"register_layer({module_type.__name__}) needs the layer's equation, such as "
+            "'...i,io->...o', or a function that returns it."
+        )
+    if isinstance(equation, str):
+        parse_equation(equation)
+    read_equation = equation if callable(equation) else lambda module, *args, **kwargs: equation
+    read_input = input if callable(input) else _argument_reader(module_type, input)
+    _LAYERS[module_type] = Layer(
+        param=param,
+        kind="einsum",
+        equation=lambda call: read_equation(call.module, *call.args, **call.kwargs),
+        input=lambda call: read_input(call.module, *call.args, **call.kwargs),
+    )
+    return module_type
+
+
+def _argument_reader(module_type: type[nn.Module], name: str | None) -> Callable[..., Any]:
+    """Reads one argument of ``__call__`` by its name; the first one where no name is given."""
+    signature = inspect.signature(module_type.__call__)
+    names = list(signature.parameters)[1:]
+    if name is None and names:
+        name = names[0]
+    if name not in names:
+        raise ValueError(
+            f"{module_type.__name__}.__call__ has no argument {name!r}; it has {names}. Name the "
+            "one that holds the layer's input."
+        )
+
+    def read(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return signature.bind(module, *args, **kwargs).arguments[name]
+
+    return read
+
+
+def _features(module: nn.DenseGeneral) -> int:
+    return 1 if isinstance(module.features, int) else len(module.features)
+
+
+def _einsum_equation(call: Call) -> str:
+    given = call.argument(1, "einsum_str")
+    declared = call.module.einsum_str
+    if (given is None) == (declared is None):
+        raise ValueError(
+            f"The equation of nn.Einsum at '{call.path}' is given once, to the constructor or to "
+            f"the call, got {declared!r} and {given!r}."
+        )
+    return given if declared is None else declared
+
+
+def _check_einsum(module: nn.Einsum) -> None:
+    if module.einsum_str is not None:
+        parse_equation(module.einsum_str).sizes(module.shape)
+
+
+_LAYERS.update(
+    {
+        nn.Dense: Layer("kernel", "dense", lambda call: DENSE),
+        nn.Einsum: Layer("kernel", "einsum", _einsum_equation, check=_check_einsum),
+        nn.DenseGeneral: Layer(
+            "kernel",
+            "dense_general",
+            lambda call: dense_general_equation(
+                call.argument(0, "inputs").ndim,
+                call.module.axis,
+                tuple(call.module.batch_dims),
+                _features(call.module),
+            ),
+        ),
+        nn.Conv: Layer(
+            "kernel",
+            "conv",
+            lambda call: conv_equation(_window(call.module)),
+            # A mask multiplies the kernel, and so the change of the kernel too.
+            beside=lambda call: call.module.mask is None,
+        ),
+        nn.ConvTranspose: Layer(
+            "kernel",
+            "conv",
+            lambda call: (
+                conv_equation(_window(call.module))
+                if not call.module.transpose_kernel
+                else _transposed_conv_equation(_window(call.module))
+            ),
+            beside=lambda call: call.module.mask is None and not call.module.transpose_kernel,
+        ),
+        nn.Embed: Layer(
+            "embedding", "embed", lambda call: EMBED, methods=("__call__", "attend")
+        ),
+    }
+)
+
+
+def _window(module: nn.Conv | nn.ConvTranspose) -> int:
+    return 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
+
+
+def _transposed_conv_equation(window: int) -> str:
+    equation = parse_equation(conv_equation(window))
+    kernel = equation.kernel[:-2] + equation.kernel[-1] + equation.kernel[-2]
+    return f"{equation.inputs},{kernel}->{equation.outputs}"

@@ -1,0 +1,34 @@
+"""Layers stacked by a lifted transform: their axes, and the change of their kernels. Arrays only."""
+
+import jax
+import jax.numpy as jnp
+
+from peft_jax._equation import LoraSpec
+from peft_jax._low_rank import delta
+
+Array = jax.Array
+
+
+def stack_first(array: Array, axes: tuple[int, ...]) -> Array:
+    """Move the stack axes to the front, outermost first; see `stack_back`.
+
+    Args:
+        array: An array of stacked layers.
+        axes: The axes that were added, innermost first, each counted in the array it was added to.
+    """
+    for front, axis in enumerate(reversed(axes)):
+        array = jnp.moveaxis(array, front + axis % (array.ndim - front), front)
+    return array
+
+
+def stack_back(array: Array, axes: tuple[int, ...]) -> Array:
+    """Move the stack axes back to their places: the inverse of `stack_first`."""
+    for front, axis in reversed(list(enumerate(reversed(axes)))):
+        array = jnp.moveaxis(array, front, front + axis % (array.ndim - front))
+    return array
+
+
+def spec_delta(a: Array, b: Array, spec: LoraSpec) -> Array:
+    """What an adapter adds to its kernel, stacked as the kernel is; see `delta`."""
+    a, b = stack_first(a, spec.stack_axes), stack_first(b, spec.stack_axes)
+    return stack_back(delta(a, b, spec.equation, spec.scaling), spec.stack_axes)

@@ -1,0 +1,111 @@
+"""The one base of all wrappers: scope sharing, forwarding, description."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import types
+from typing import Any
+
+from flax import linen as nn
+from flax.core import Scope
+
+from peft_jax._interceptor import Rule, RuleSource, call_wrapped
+from peft_jax._registry import layer_type
+
+
+class Wrapper(nn.Module, RuleSource):
+    """A module in the place of another, whose parameters keep their paths.
+
+    The wrapper takes the scope of the module that it wraps, or gives it its own where that one has
+    none yet, so that neither the wrapper's name nor ``wrapped`` shows in the parameter tree.
+    Attributes and methods that the wrapper lacks are those of the wrapped module; its methods run
+    under the wrapper's rule.
+    """
+
+    wrapped: nn.Module
+
+    def rule(self) -> Rule:
+        """What this wrapper does to the layer inside, as data."""
+        raise TypeError(f"{type(self).__name__} defines no rule.")
+
+    rule = nn.nowrap(rule)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.wrapped, nn.Module):
+            raise ValueError(
+                f"{type(self).__name__}.wrapped is the module to wrap, got {self.wrapped!r}."
+            )
+        wrapped, implicit = self.wrapped, self._placed_by_context()
+        if wrapped.scope is not None and implicit:
+            if self.name is not None:
+                raise ValueError(
+                    f"{type(self).__name__}(name={self.name!r}) wraps a module that has a name "
+                    f"already, {wrapped.name!r}, under which its parameters lie. Name the wrapped "
+                    "module instead."
+                )
+            object.__setattr__(self, "parent", wrapped.scope)
+        # Flax would adopt `wrapped` as a child with a scope of its own: it must not see it.
+        object.__setattr__(self, "wrapped", None)
+        try:
+            super().__post_init__()
+        finally:
+            object.__setattr__(self, "wrapped", wrapped)
+        if self.scope is not None and wrapped.scope is None:
+            object.__setattr__(self, "wrapped", self._bind(wrapped, self.scope))
+
+    @nn.nowrap
+    def _placed_by_context(self) -> bool:
+        """Whether Flax is to find the parent, rather than that the caller gave a scope or None."""
+        return self.parent is not None and not isinstance(self.parent, Scope)
+
+    @nn.nowrap
+    def _bind(self, wrapped: nn.Module, scope: Scope) -> nn.Module:
+        """The wrapped module, bound to this wrapper's scope under this wrapper's name."""
+        name = self.name or wrapped.name or "wrapped"
+        if wrapped.parent is None:  # made outside of any module, and maybe used elsewhere too
+            return wrapped.clone(parent=scope, name=name)
+        object.__setattr__(wrapped, "parent", scope)
+        object.__setattr__(wrapped, "name", name)
+        wrapped.__post_init__()
+        return wrapped
+
+    @nn.nowrap
+    def unwrap(self) -> tuple[tuple[Rule, ...], nn.Module]:
+        rules, module = (self.rule(),), self.wrapped
+        if isinstance(module, RuleSource):
+            inside, module = module.unwrap()
+            rules += inside
+        return rules, module
+
+    @nn.nowrap
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped module."""
+        return self._forward("__call__", args, kwargs)
+
+    @nn.nowrap
+    def _forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rules, module = self.unwrap()
+        return call_wrapped(module, rules, method, args, kwargs)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is the wrapped module's; methods run under the rule."""
+        wrapped = self.__dict__.get("wrapped")
+        if wrapped is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        _, module = self.unwrap()
+        if _is_method(layer_type(module), name):
+            return types.MethodType(_forwarding(name), self)
+        return getattr(module, name)
+
+
+def _is_method(cls: type[nn.Module], name: str) -> bool:
+    return isinstance(getattr(cls, name, None), types.FunctionType)
+
+
+def _forwarding(name: str) -> Callable[..., Any]:
+    def forward(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(name, args, kwargs)
+
+    forward.__name__ = name
+    return forward
