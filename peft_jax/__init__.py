@@ -20,3 +20,4 @@ from peft_jax._lora import (
 from peft_jax._model import lora_specs
 from peft_jax._params import fuse_params, merge_params, split_params
 from peft_jax._registry import register_layer
+from peft_jax._unfuse import unfuse_params

@@ -145,10 +145,15 @@ class LoRAAdapter(nn.Module, Untouched):
     @nn.nowrap
     def _check_stored(self, name: str, shape: tuple[int, ...]) -> None:
         assert self.scope is not None
-        stored = meta.unbox(self.get_variable("params", name))
+        stored, path = meta.unbox(self.get_variable("params", name)), "/".join(self.scope.path)
+        if stored is None and not self.is_mutable_collection("params"):
+            raise ValueError(
+                f"The parameters hold no adapter at '{path}', where a rule puts one. Initialize "
+                "the model under the same rules, or add the adapters by `peft.merge_params`."
+            )
         if stored is not None and jnp.shape(stored) != shape:
             raise ValueError(
-                f"The adapter at '{'/'.join(self.scope.path)}' has an array {name!r} of shape "
+                f"The adapter at '{path}' has an array {name!r} of shape "
                 f"{jnp.shape(stored)}; rank {self.rank} on this layer needs {shape}. Use the rank "
                 "and the layer that the parameters were made for."
             )

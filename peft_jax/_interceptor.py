@@ -28,6 +28,17 @@ STORAGE, SIMULATION, ADAPTER = range(3)
 _PLANS = "_peft_jax_plans"
 
 
+# Calls that adapters treat in a way of their own: (type, method) -> function of (call, proceed).
+_SPECIAL_CALLS: dict[tuple[type[nn.Module], str], Callable[[Call, Callable[[], Any]], Any]] = {}
+
+
+def special_call(
+    module_type: type[nn.Module], around: Callable[[Call, Callable[[], Any]], Any]
+) -> None:
+    """Has ``around(call, proceed)`` run each ``__call__`` of a type while rules are active."""
+    _SPECIAL_CALLS[module_type, "__call__"] = around
+
+
 class Untouched:
     """Mixin of modules that interceptors leave alone: the adapters themselves."""
 
@@ -330,10 +341,12 @@ def _dispatch(
         with _using(state):
             return getattr(replacement, call.method)(*args, **kwargs)
     state = dataclasses.replace(state, running=(*state.running, module))
+    special = None if state.muted else _SPECIAL_CALLS.get((layer_type(module), call.method))
     with _using(state):
-        if not rules and not state.extents:
+        if not rules and not state.extents and special is None:
             return next_fun(*args, **kwargs)
-        return _run(call, rules, state.extents, next_fun)
+        run = functools.partial(_run, call, rules, state.extents, next_fun)
+        return run() if special is None else special(call, run)
 
 
 def _enter(state: _State, scope: Scope) -> _State:

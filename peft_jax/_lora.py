@@ -27,8 +27,9 @@ from peft_jax._adapters import (
     check_settings,
 )
 from peft_jax._equation import parse_equation, weight_equation
-from peft_jax._interceptor import ADAPTER, Rule
+from peft_jax._interceptor import ADAPTER, Rule, special_call
 from peft_jax._names import adapter_name, is_adapter
+from peft_jax._normalised import NORMS, around_norm
 from peft_jax._registry import Call, Layer, find_layer, layer_type, require_layer
 from peft_jax._wrapper import Wrapper
 
@@ -476,3 +477,6 @@ class LoRAWeight(_LoRAWrapper):
 
 
 _WRAPPERS = (LoRADense, LoRAEinsum, LoRADenseGeneral, LoRAConv, LoRAEmbed)
+
+for _norm in NORMS:
+    special_call(_norm, around_norm)

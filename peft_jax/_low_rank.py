@@ -44,6 +44,7 @@ def low_rank_product(
 
 def _product(x: Array, weight: Array, equation: str, precision: Precision) -> Array:
     letters = _without_ellipsis(equation, x.ndim)
+    _sizes(letters, x.shape, weight.shape)
     plain = (
         not _is_contraction(letters)
         or x.dtype != weight.dtype
@@ -90,6 +91,7 @@ def _terms(equation: str) -> tuple[str, str, str]:
 
 
 def _sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
+    """Give the length of every axis of the operands; raises where they do not fit."""
     size: dict[str, int] = {}
     for term, shape in zip(_terms(equation), shapes, strict=False):
         if len(term) != len(shape):
@@ -234,7 +236,7 @@ def delta(a: Array, b: Array, equation: str, scaling: float | Array) -> Array:
         The delta in float32, or in the operands' dtype where that is wider: rounding to the
         kernel's dtype is left to the caller, who does it once, after the sum.
     """
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = max(jnp.dtype(jnp.float32), a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     product = jnp.einsum(
         equation, a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST
     )

@@ -7,11 +7,9 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-import numpy as np
 
 from peft_jax._equation import LoraSpec
-from peft_jax._interceptor import record
-from peft_jax._spec_box import read_specs
+from peft_jax._spec_box import traced_specs
 
 
 def lora_specs(
@@ -52,23 +50,8 @@ def lora_specs(
             "not its parameters, nor a module inside `apply`."
         )
     rngs = {"params": jax.random.key(0)} if rngs is None else rngs
-    leaves, tree = jax.tree.flatten((rngs, inputs, kwargs))
-    abstract = [_is_array(leaf) for leaf in leaves]
 
-    def init(arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        given = [
-            next(remaining) if is_array else leaf
-            for leaf, is_array in zip(leaves, abstract, strict=True)
-        ]
-        rngs, inputs, kwargs = jax.tree.unflatten(tree, given)
-        return model.init(rngs, *inputs, method=method, **kwargs)
+    def init(rngs: Any, inputs: Any, kwargs: Any) -> Any:
+        return model.init(rngs, *inputs, method=method, **kwargs).get("params", {})
 
-    with record():
-        arrays = [leaf for leaf, is_array in zip(leaves, abstract, strict=True) if is_array]
-        variables = jax.eval_shape(init, arrays)
-    return read_specs(variables.get("params", {}))
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return traced_specs(init, rngs, inputs, kwargs)

@@ -153,18 +153,18 @@ def fuse_params(params: Any, *, specs: Specs | None = None) -> Any:
       ValueError: where an adapter has no spec, a spec no adapter, shapes do not fit, the arrays
         leave a doubt, or the weight is stored in integers.
     """
-    _check_paths(params, specs, "fuse_params")
+    check_specs(params, specs, "fuse_params")
 
     def fuse(path: Path, layer: Layer, adapters: Layer) -> Layer:
         for name, adapter in adapters.items():
-            param, change = _change((*path, name), layer, adapter, specs)
-            layer[param] = _rounded(layer[param], change, 1)
+            param, change = adapter_change((*path, name), layer, adapter, specs)
+            layer[param] = rounded_sum(layer[param], change, 1)
         return layer
 
     return map_layers(params, fuse)
 
 
-def _check_paths(params: Any, specs: Specs | None, caller: str) -> None:
+def check_specs(params: Any, specs: Specs | None, caller: str) -> None:
     """Every adapter has a spec, and every spec an adapter."""
     if specs is None:
         return
@@ -185,7 +185,7 @@ def _check_paths(params: Any, specs: Specs | None, caller: str) -> None:
         )
 
 
-def _change(
+def adapter_change(
     path: Path, layer: Layer, adapter: Mapping[str, Any], specs: Specs | None
 ) -> tuple[str, jax.Array]:
     """Name of the adapted parameter, and what the adapter adds to it."""
@@ -242,7 +242,7 @@ def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraS
     )
 
 
-def _rounded(stored: Any, change: jax.Array, sign: int) -> Any:
+def rounded_sum(stored: Any, change: jax.Array, sign: int) -> Any:
     """``stored + sign * change``, rounded once to the stored dtype, in the stored box."""
     kernel = meta.unbox(stored)
     dtype = jnp.promote_types(kernel.dtype, change.dtype)

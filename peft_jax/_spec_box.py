@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
 from flax import struct
 from flax.core import meta
 from flax.typing import Array, Dtype, Initializer
+import jax
+import numpy as np
 
 from peft_jax._equation import LoraSpec, stacked
-from peft_jax._interceptor import recording
+from peft_jax._interceptor import record, recording
 
 
 class SpecBox(struct.PyTreeNode, meta.AxisMetadata[Any]):
@@ -56,12 +58,37 @@ def boxed(
     return draw
 
 
-def read_specs(params: Mapping[str, Any], prefix: str = "") -> dict[str, LoraSpec]:
+def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
+    """Specs of the adapters that ``init(*given)`` initializes, found without making an array.
+
+    Args:
+      init: from its arguments to a tree of parameters.
+      *given: trees. Arrays and ``jax.ShapeDtypeStruct`` are abstract; other leaves pass as they are.
+    """
+    leaves, tree = jax.tree.flatten(given)
+    abstract = [_is_array(leaf) for leaf in leaves]
+
+    def run(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        pairs = zip(leaves, abstract, strict=True)
+        filled = [next(remaining) if is_array else leaf for leaf, is_array in pairs]
+        return init(*jax.tree.unflatten(tree, filled))
+
+    arrays = [leaf for leaf, is_array in zip(leaves, abstract, strict=True) if is_array]
+    with record():
+        return _read_specs(jax.eval_shape(run, arrays))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _read_specs(params: Mapping[str, Any], prefix: str = "") -> dict[str, LoraSpec]:
     """From the path of each adapter in a recorded tree to its spec."""
     specs: dict[str, LoraSpec] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            specs |= read_specs(value, f"{prefix}{name}/")
+            specs |= _read_specs(value, f"{prefix}{name}/")
         elif isinstance(value, SpecBox) and name == "a":
             specs[prefix[:-1]] = _stacked(value.spec, value.stack_axes)
     return specs

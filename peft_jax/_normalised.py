@@ -1,0 +1,121 @@
+"""Adapters on layers under `nn.WeightNorm` and `nn.SpectralNorm`: they join before normalisation.
+
+Both modules hand the layer inside a normalised view of its parameters, from which the stored kernel
+cannot be told. So the adapters act outside: their specs are found by an abstract trace of the layer,
+and the norm runs on stored parameters to which their changes have been added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+from flax.core import Scope, meta
+import jax
+
+from peft_jax._equation import LoraSpec
+from peft_jax._interceptor import mute_adapters
+from peft_jax._registry import Call
+from peft_jax._spec_box import traced_specs
+from peft_jax._stacked import spec_delta
+from peft_jax._trees import Layer, Path, adapter_paths, map_layers
+
+NORMS: tuple[type[nn.Module], ...] = (nn.WeightNorm, nn.SpectralNorm)
+
+
+def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
+    """Runs a norm whose layer may carry adapters.
+
+    At initialization the output is that of the layer without adapters, which start at zero.
+    """
+    norm, layer = call.module, call.module.layer_instance
+    kwargs = {name: value for name, value in call.kwargs.items() if name != "update_stats"}
+    init = _init(layer)
+    specs = traced_specs(init, {"params": jax.random.key(0)}, call.args, kwargs)
+    if not specs:
+        return proceed()
+    if norm.is_initializing():
+        with mute_adapters():
+            y = proceed()  # which may normalise every array that it finds: they come afterwards
+        _store_adapters(layer.scope, init(layer.scope.rngs, call.args, kwargs))
+        return y
+
+    depth = len(norm.scope.path)
+    inside = layer.scope.path[depth:] if layer.scope.path[:depth] == norm.scope.path else ()
+
+    def add_changes(variables: Any) -> Any:
+        return {**variables, "params": _at(variables["params"], inside, specs)}
+
+    _refuse_missing(layer, specs)
+    with mute_adapters():
+        return nn.map_variables(
+            lambda module, *args, **kwargs: module(*args, **kwargs),
+            "params",
+            trans_in_fn=lambda v: add_changes(v) if "params" in v else v,
+        )(norm, *call.args, **call.kwargs)
+
+
+def _refuse_missing(layer: nn.Module, specs: dict[str, LoraSpec]) -> None:
+    missing = sorted(set(specs) - set(adapter_paths(layer.variables.get("params", {}))))
+    if missing:
+        path = "/".join((*layer.scope.path, missing[0]))
+        raise ValueError(
+            f"The parameters hold no adapter at '{path}', where a rule puts one. Initialize the "
+            "model under the same rules, or add the adapters by `peft.merge_params`."
+        )
+
+
+def _init(layer: nn.Module) -> Callable[..., Any]:
+    """Initializes a copy of a bound layer, in a scope of the same path but without variables."""
+    path = layer.scope.path
+
+    def init(rngs: Any, args: Any, kwargs: Any) -> Any:
+        scope = Scope(
+            {},
+            rngs=rngs,
+            name=layer.scope.name,
+            mutable=True,
+            path=path,
+            debug_path=(*path, "normalised"),
+            flags={"initializing": True},
+        )
+        with scope.temporary():
+            layer.copy(parent=scope, name=layer.name)(*args, **kwargs)
+            return scope.mutable_variables()["params"]
+
+    return init
+
+
+def _store_adapters(scope: Scope, params: Any) -> None:
+    def store(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        for name, adapter in adapters.items():
+            inner = scope
+            for part in (*path, name):
+                inner = inner.push(part, reuse=True)
+            for leaf, value in adapter.items():
+                inner.put_variable("params", leaf, value)
+        return layer
+
+    map_layers(params, store)
+
+
+def _at(params: Any, path: Path, specs: dict[str, LoraSpec]) -> Any:
+    """The tree with the adapters below ``path`` added to their weights."""
+    if path:
+        head, *rest = path
+        if head not in params:
+            return params
+        return {**params, head: _at(params[head], tuple(rest), specs)}
+
+    def add(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        for name, adapter in adapters.items():
+            spec = specs["/".join((*path, name))]
+            assert spec.param is not None
+            kernel = meta.unbox(layer[spec.param])
+            change = spec_delta(meta.unbox(adapter["a"]), meta.unbox(adapter["b"]), spec)
+            total = (kernel.astype(change.dtype) + change).astype(kernel.dtype)
+            layer[spec.param] = meta.replace_boxed(layer[spec.param], total)
+        return layer
+
+    return map_layers(params, add)

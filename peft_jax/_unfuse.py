@@ -1,0 +1,269 @@
+"""The way back from fused weights: to the base, or to adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+from flax.core import meta
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax._equation import LoraSpec
+from peft_jax._low_rank import matricize, unmatricize
+from peft_jax._params import Specs, adapter_change, check_specs, merge_params, rounded_sum
+from peft_jax._stacked import stack_back, stack_first
+from peft_jax._trees import Layer, Path, adapter_paths, children, is_branch, map_layers, rebuild, slashed
+
+
+def unfuse_params(
+    fused: Any,
+    *,
+    original: Any = None,
+    lora: Any = None,
+    specs: Specs | None = None,
+    rank: int | None = None,
+) -> Any:
+    """Undoes `fuse_params`: returns a tree with adapters beside the weights.
+
+    With ``lora`` the base is computed as ``fused - scaling * a·b``, in float32 and rounded once.
+    Where ``original`` is given too, the base is exactly the original wherever that gives ``fused``.
+
+    With ``original`` alone, adapters are recovered from ``fused - original`` by a singular value
+    decomposition: the best of their rank (Eckart and Young, 1936). They are float32, and
+    ``fuse_params`` of the result gives ``fused`` again where the rank suffices.
+
+    Args:
+      fused: what `fuse_params` returned, or any fine-tuned parameters.
+      original: the base's parameters.
+      lora: a tree of adapters (`split_params`).
+      specs: from `lora_specs`; without them every kernel is read as that of a Dense layer with a
+        scaling of 1.
+      rank: of the adapters that are recovered; None: the numerical rank of each difference, which
+        needs arrays (no tracers). Layers without a difference get no adapter, or one of zeros and
+        rank 1 where ``specs`` name them.
+
+    Returns:
+      The merged tree, as `fuse_params` takes it.
+
+    Raises:
+      ValueError: where neither ``original`` nor ``lora`` is given, trees do not fit, or a parameter
+        differs that no adapter can express (a bias).
+    """
+    if original is None and lora is None:
+        raise ValueError(
+            "unfuse_params needs `lora`, the adapters that were fused, or `original`, the weights "
+            "that they were fused into (or both)."
+        )
+    for name, tree in (("fused", fused), ("original", original)):
+        paths = adapter_paths(tree) if is_branch(tree) else []
+        if paths:
+            raise ValueError(
+                f"unfuse_params: {name} holds adapters ({paths[:3]}); it is a tree for the plain "
+                "model. Take them off by `split_params`."
+            )
+    if lora is None:
+        return _recover(fused, original, specs, rank)
+    if rank is not None:
+        raise ValueError(
+            f"unfuse_params: rank={rank} is that of adapters to be recovered, but `lora` gives "
+            "them. Leave one out."
+        )
+    return _take_off(fused, original, lora, specs)
+
+
+def _take_off(fused: Any, original: Any, lora: Any, specs: Specs | None) -> Any:
+    merged = merge_params(fused, lora)
+    check_specs(merged, specs, "unfuse_params")
+    kept = None if original is None else _leaves(original, ())
+
+    def unfuse(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        for name, adapter in adapters.items():
+            param, change = adapter_change((*path, name), layer, adapter, specs)
+            base = rounded_sum(layer[param], change, -1)
+            if kept is not None:
+                base = _prefer(kept, (*path, param), base, layer[param], change)
+            layer[param] = base
+        return layer | adapters
+
+    return map_layers(merged, unfuse)
+
+
+def _prefer(kept: dict[Path, Any], path: Path, base: Any, fused: Any, change: jax.Array) -> Any:
+    """The kept weight, wherever fusing it gives the fused one."""
+    if path not in kept or jnp.shape(meta.unbox(kept[path])) != jnp.shape(meta.unbox(fused)):
+        raise ValueError(
+            f"unfuse_params: the original has no '{slashed(path)}' of shape "
+            f"{jnp.shape(meta.unbox(fused))}. Give the weights that the adapters were fused into."
+        )
+    original = kept[path]
+    same = meta.unbox(rounded_sum(original, change, 1)) == meta.unbox(fused)
+    return meta.replace_boxed(base, jnp.where(same, meta.unbox(original), meta.unbox(base)))
+
+
+def _recover(fused: Any, original: Any, specs: Specs | None, rank: int | None) -> Any:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"unfuse_params: rank is a positive integer or None, got {rank!r}.")
+    before, after = _leaves(original, ()), _leaves(fused, ())
+    if before.keys() != after.keys():
+        raise ValueError(
+            "unfuse_params: the trees have different leaves: only in fused "
+            f"{[slashed(p) for p in sorted(after.keys() - before.keys())]}, only in original "
+            f"{[slashed(p) for p in sorted(before.keys() - after.keys())]}."
+        )
+    wanted = _wanted(specs, before) if specs is not None else _differing(before, after)
+    adapters: dict[Path, dict[str, Any]] = {}
+    for path, spec in wanted.items():
+        adapters[path] = _factors(path, before, after, spec, rank)
+    _refuse_other_differences(before, after, wanted)
+    return _insert(original, adapters, ())
+
+
+def _wanted(specs: Specs, leaves: Mapping[Path, Any]) -> dict[Path, LoraSpec]:
+    wanted = {tuple(name.split("/")): spec for name, spec in specs.items()}
+    for path, spec in wanted.items():
+        if spec.param is None or (*path[:-1], spec.param) not in leaves:
+            raise ValueError(
+                f"unfuse_params: there is no weight {spec.param!r} for the spec of "
+                f"'{slashed(path)}'. Give the specs of this model."
+            )
+    return wanted
+
+
+def _differing(before: Mapping[Path, Any], after: Mapping[Path, Any]) -> dict[Path, LoraSpec]:
+    """A Dense layer's spec for each two-axis weight that differs."""
+    wanted: dict[Path, LoraSpec] = {}
+    for path, value in before.items():
+        if not _differs(value, after[path]):
+            continue
+        where = (*path[:-1], "lora")
+        if jnp.ndim(meta.unbox(value)) != 2 or where in wanted:
+            raise ValueError(
+                f"unfuse_params: '{slashed(path)}' of shape {jnp.shape(meta.unbox(value))} "
+                "differs, and is not plainly the kernel of one Dense layer. Pass "
+                "specs=peft.lora_specs(model, *inputs), or equal weights."
+            )
+        wanted[where] = LoraSpec(path[-1], "ir,ro->io", 1)
+    return wanted
+
+
+def _refuse_other_differences(
+    before: Mapping[Path, Any], after: Mapping[Path, Any], wanted: Mapping[Path, LoraSpec]
+) -> None:
+    adapted = {(*path[:-1], spec.param) for path, spec in wanted.items()}
+    others = [
+        path
+        for path in before
+        if path not in adapted
+        and not isinstance(meta.unbox(after[path]), jax.core.Tracer)
+        and _differs(before[path], after[path])
+    ]
+    if others:
+        raise ValueError(
+            f"unfuse_params: {[slashed(path) for path in others[:5]]} differ too, but no adapter "
+            "stands for them. Give specs that cover them, or take them from one tree."
+        )
+
+
+def _differs(one: Any, other: Any) -> bool:
+    one, other = meta.unbox(one), meta.unbox(other)
+    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        raise ValueError(
+            "unfuse_params under jit must be told which layers differ, and the rank: pass specs "
+            "and rank."
+        )
+    return not np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def _factors(
+    path: Path,
+    before: Mapping[Path, Any],
+    after: Mapping[Path, Any],
+    spec: LoraSpec,
+    rank: int | None,
+) -> dict[str, Any]:
+    """``a`` and ``b`` of the best adapter for one weight."""
+    where = (*path[:-1], spec.param)
+    old, new = meta.unbox(before[where]), meta.unbox(after[where])
+    if old.shape != new.shape:
+        raise ValueError(
+            f"unfuse_params: '{slashed(where)}' has shape {old.shape} in the original and "
+            f"{new.shape} in fused."
+        )
+    dtype = jnp.promote_types(old.dtype, jnp.float32)
+    axes = spec.stack_axes or (0,) * (old.ndim - len(spec.letters[2]))
+    change = stack_first(new.astype(dtype) - old.astype(dtype), axes)
+    lead, shape = change.shape[: len(axes)], change.shape[len(axes) :]
+    batch, inputs, outputs = spec.matrix_axes
+    matrices = jax.vmap(lambda w: matricize(w, inputs, outputs, batch))(
+        change.reshape((math.prod(lead), *shape))
+    )
+    u, s, v = jnp.linalg.svd(matrices, full_matrices=False)
+    if rank is None:
+        rank = _numerical_rank(s, new, matrices.shape[-2:], slashed(where))
+    kept = min(rank, s.shape[-1])
+    root = jnp.sqrt(s[..., :kept])
+    a = _padded(u[..., :kept] * root[..., None, :], rank, -1)
+    b = _padded(v[..., :kept, :] * root[..., :, None] / spec.scaling, rank, -2)
+    return {
+        name: stack_back(array.reshape(lead + array.shape[1:]), axes)
+        for name, array in zip(("a", "b"), _laid_out(a, b, shape, spec), strict=True)
+    }
+
+
+def _numerical_rank(s: jax.Array, weight: jax.Array, shape: tuple[int, ...], where: str) -> int:
+    """How many singular values exceed what rounding the weight alone leaves in the difference."""
+    if isinstance(s, jax.core.Tracer):
+        raise ValueError(
+            f"unfuse_params: the numerical rank of '{where}' is not known under jit. Pass rank."
+        )
+    noise = float(jnp.finfo(weight.dtype).eps) * float(jnp.max(jnp.abs(weight.astype(s.dtype))))
+    floor = noise * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    return max(1, int(jnp.max(jnp.sum(s > floor, axis=-1))))
+
+
+def _padded(array: jax.Array, length: int, axis: int) -> jax.Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return jnp.pad(array, widths)
+
+
+def _laid_out(
+    a: jax.Array, b: jax.Array, shape: tuple[int, ...], spec: LoraSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Matrices ``(stack, batch, in, r)`` and ``(stack, batch, r, out)`` as the spec lays them out."""
+    letters_a, letters_b, kernel = spec.letters
+    sizes = dict(zip(kernel, shape, strict=True))
+    (shared,) = (set(letters_a) & set(letters_b)) - set(kernel)
+    sizes[shared] = a.shape[-1]
+
+    def lay(matrix: jax.Array, letters: str, rank_last: bool) -> jax.Array:
+        batch = [i for i, c in enumerate(letters) if c in letters_a and c in letters_b and c != shared]
+        rank = [letters.index(shared)]
+        rest = [i for i in range(len(letters)) if i not in batch and i not in rank]
+        groups = (rest, rank) if rank_last else (rank, rest)
+        full = tuple(sizes[c] for c in letters)
+        return jax.vmap(lambda m: unmatricize(m, full, *map(tuple, groups), tuple(batch)))(matrix)
+
+    return lay(a, letters_a, True), lay(b, letters_b, False)
+
+
+def _leaves(tree: Any, path: Path) -> dict[Path, Any]:
+    if not is_branch(tree):
+        return {path: tree}
+    return {
+        where: leaf
+        for key, value in children(tree)
+        for where, leaf in _leaves(value, (*path, str(key))).items()
+    }
+
+
+def _insert(tree: Any, adapters: Mapping[Path, Any], path: Path) -> Any:
+    """The tree with each adapter at its path."""
+    if not is_branch(tree):
+        return tree
+    inner = {key: _insert(value, adapters, (*path, str(key))) for key, value in children(tree)}
+    inner |= {where[-1]: value for where, value in adapters.items() if where[:-1] == path}
+    return rebuild(tree, inner)
