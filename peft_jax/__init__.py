@@ -21,3 +21,26 @@ from peft_jax._model import lora_specs
 from peft_jax._params import fuse_params, merge_params, split_params
 from peft_jax._registry import register_layer
 from peft_jax._unfuse import unfuse_params
+
+__all__ = [
+    "Interceptor",
+    "LoRAConv",
+    "LoRAConvAdapter",
+    "LoRADense",
+    "LoRADenseAdapter",
+    "LoRADenseGeneral",
+    "LoRADenseGeneralAdapter",
+    "LoRAEinsum",
+    "LoRAEinsumAdapter",
+    "LoRAEmbed",
+    "LoRAEmbedAdapter",
+    "LoRAWeight",
+    "LoraSpec",
+    "ModuleInterceptor",
+    "fuse_params",
+    "lora_specs",
+    "merge_params",
+    "register_layer",
+    "split_params",
+    "unfuse_params",
+]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Array, Dtype, Initializer, PaddingLike, PrecisionLike
-import jax
-import jax.numpy as jnp
 
 from peft_jax._equation import (
     DENSE,
@@ -23,8 +23,8 @@ from peft_jax._equation import (
     dense_general_equation,
     parse_equation,
 )
-from peft_jax._interceptor import Untouched
 from peft_jax._low_rank import delta, low_rank_product
+from peft_jax._rules import Untouched
 from peft_jax._spec_box import boxed
 
 DEFAULT_A_INIT = nn.initializers.kaiming_uniform()
@@ -100,7 +100,9 @@ class LoRAAdapter(nn.Module, Untouched):
         spec = LoraSpec(self.adapts, low_rank.delta, self.rank, self.scaling, self.alpha)
 
         def array(name: str, letters: str, shape: tuple[int, ...], init: Initializer) -> Array:
-            self._check_stored(name, shape)
+            stored = self._stored(name, shape)
+            if stored is not None:  # not by `self.param`, which would trace the initializer
+                return stored
             init = _through_matrices(init, letters, low_rank)
             init = boxed(init, letters, layer.kernel, self.kernel_metadata, spec)
             return self.param(name, init, shape, self.param_dtype)
@@ -122,9 +124,7 @@ class LoRAAdapter(nn.Module, Untouched):
         a, b, low_rank = self.arrays(equation, shape, batch_in_b=batch_in_b)
         x, a, b = promote_dtype(self.dropped(x, deterministic), a, b, dtype=self.dtype)
         b = self.scaled(b)  # smaller than the product
-        return low_rank_product(
-            x, a, b, low_rank.first, low_rank.second, precision=self.precision
-        )
+        return low_rank_product(x, a, b, low_rank.first, low_rank.second, precision=self.precision)
 
     @nn.nowrap
     def dropped(self, x: Array, deterministic: bool | None) -> Array:
@@ -143,7 +143,8 @@ class LoRAAdapter(nn.Module, Untouched):
         return array if self.scaling == 1.0 else array * jnp.asarray(self.scaling, array.dtype)
 
     @nn.nowrap
-    def _check_stored(self, name: str, shape: tuple[int, ...]) -> None:
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        """An array of the parameters, if it is there and has the shape."""
         assert self.scope is not None
         stored, path = meta.unbox(self.get_variable("params", name)), "/".join(self.scope.path)
         if stored is None and not self.is_mutable_collection("params"):
@@ -157,6 +158,7 @@ class LoRAAdapter(nn.Module, Untouched):
                 f"{jnp.shape(stored)}; rank {self.rank} on this layer needs {shape}. Use the rank "
                 "and the layer that the parameters were made for."
             )
+        return stored
 
 
 def _through_matrices(init: Initializer, letters: str, low_rank: LowRank) -> Initializer:
@@ -168,13 +170,13 @@ def _through_matrices(init: Initializer, letters: str, low_rank: LowRank) -> Ini
     def draw(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Any:
         ordered = [shape[i] for i in order]
         draws, rest = math.prod(ordered[: len(batch)]), ordered[len(batch) :]
-        matrix = (
-            (math.prod(rest[:-1]), rest[-1]) if is_a else (rest[0], math.prod(rest[1:]))
-        )
+        matrix = (math.prod(rest[:-1]), rest[-1]) if is_a else (rest[0], math.prod(rest[1:]))
         if batch:
             value = jax.vmap(lambda key: init(key, matrix, dtype))(jax.random.split(key, draws))
         else:
             value = init(key, matrix, dtype)
+        if matrix == shape:
+            return value
         array = jnp.reshape(meta.unbox(value), ordered)
         array = jnp.transpose(array, [order.index(i) for i in range(len(order))])
         return meta.replace_boxed(value, array)
@@ -249,9 +251,7 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
         layer = parse_equation(equation)
         sizes = dict(zip(layer.inputs, inputs.shape, strict=True))
         shape = tuple(sizes[c] for c in layer.kernel if c in sizes) + features
-        return self.product(
-            inputs, equation, shape, deterministic=deterministic, batch_in_b=True
-        )
+        return self.product(inputs, equation, shape, deterministic=deterministic, batch_in_b=True)
 
 
 class LoRAConvAdapter(LoRAAdapter):
@@ -268,10 +268,10 @@ class LoRAConvAdapter(LoRAAdapter):
 
     features: int
     kernel_size: int | Sequence[int]
-    strides: None | int | Sequence[int] = 1
+    strides: int | Sequence[int] | None = 1
     padding: PaddingLike = "SAME"
-    input_dilation: None | int | Sequence[int] = 1
-    kernel_dilation: None | int | Sequence[int] = 1
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
     feature_group_count: int = 1
     transpose: bool = False
 
@@ -345,9 +345,7 @@ class LoRAEmbedAdapter(LoRAAdapter):
     def attend(self, query: Array, deterministic: bool | None = None) -> Array:
         """Maps ``(..., features)`` to ``(..., vocab)``, the product with ``(a·b)ᵀ``."""
         a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
-        query, a, b = promote_dtype(
-            self.dropped(query, deterministic), a, b, dtype=self.dtype
-        )
+        query, a, b = promote_dtype(self.dropped(query, deterministic), a, b, dtype=self.dtype)
         return low_rank_product(
             query, self.scaled(b), a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
         )

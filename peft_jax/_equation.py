@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
 import string
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 ELLIPSIS = "..."
@@ -214,7 +214,7 @@ def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
 def dense_general_equation(
     ndim: int, axis: int | Sequence[int], batch_dims: Sequence[int], features: int
 ) -> str:
-    """The equation of ``nn.DenseGeneral`` for an input of ``ndim`` axes and ``features`` output axes.
+    """The equation of ``nn.DenseGeneral``: ``ndim`` input axes, ``features`` new output axes.
 
     ``lax.dot_general`` puts batch axes first, then the input's free axes, then the features.
     """

@@ -10,23 +10,21 @@ with the call.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable, Iterator
 import contextlib
-from contextvars import ContextVar
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 from flax import linen as nn
-from flax.core import Scope, meta
-import jax
+from flax.core import meta
 
 from peft_jax._registry import Call, layer_type
 from peft_jax._retraced import warn_of_rebuilt_rule
+from peft_jax._rules import ADAPTER, Rule, RuleSource, Untouched
+from peft_jax._state import STATE, Entry, Extent, Local, State, using
 
-STORAGE, SIMULATION, ADAPTER = range(3)
 _PLANS = "_peft_jax_plans"
-
 
 # Calls that adapters treat in a way of their own: (type, method) -> function of (call, proceed).
 _SPECIAL_CALLS: dict[tuple[type[nn.Module], str], Callable[[Call, Callable[[], Any]], Any]] = {}
@@ -37,165 +35,6 @@ def special_call(
 ) -> None:
     """Has ``around(call, proceed)`` run each ``__call__`` of a type while rules are active."""
     _SPECIAL_CALLS[module_type, "__call__"] = around
-
-
-class Untouched:
-    """Mixin of modules that interceptors leave alone: the adapters themselves."""
-
-
-class Rule:
-    """What a wrapper does to the layer inside, as data that compares by value.
-
-    Attributes:
-      order: rules are applied in this order, whatever the order of nesting.
-      name: two rules of one name may not meet on one layer.
-      covers_children: whether parameters of the module's submodules are transformed too.
-    """
-
-    order: ClassVar[int]
-    name: ClassVar[str]
-    covers_children: ClassVar[bool] = False
-
-    def concerns(self, call: Call) -> bool:
-        """Whether the rule, inherited from an enclosing module, does anything to this one."""
-        return True
-
-    def at_weight(self, call: Call) -> bool:
-        """Whether this call reads its parameters through `transform`."""
-        return False
-
-    def transform(self, call: Call, name: str, value: Any) -> Any:
-        """The value that the module reads in place of its parameter."""
-        return value
-
-    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        """Runs the call, and what comes beside it."""
-        return proceed()
-
-
-class RuleSource(abc.ABC):
-    """A module that stands for rules on the module that it wraps."""
-
-    @abc.abstractmethod
-    def unwrap(self) -> tuple[tuple[Rule, ...], nn.Module]:
-        """The rules of this wrapper and those inside it, outermost first, and the module inside."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """An interceptor in a ``with`` statement, and the module call in which that stands."""
-
-    interceptor: Interceptor
-    frame: object | None
-    exits: contextlib.ExitStack = dataclasses.field(compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Local:
-    """Rules of a wrapper that is being called, waiting for their module (maybe inside a lift)."""
-
-    path: tuple[str, ...]
-    type: type[nn.Module]
-    rules: tuple[Rule, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Extent:
-    """A rule on a module whose submodules are running."""
-
-    path: tuple[str, ...]
-    rule: Rule
-    source: Hashable
-
-
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """All that the dispatcher knows; what changes the meaning of a traced function is in `key`."""
-
-    entries: tuple[_Entry, ...] = ()
-    local: tuple[_Local, ...] = ()
-    extents: tuple[_Extent, ...] = ()
-    recording: bool = False
-    muted: bool = False
-    frame: object | None = None
-    root: Scope | None = None
-    running: tuple[nn.Module, ...] = ()
-    skipped: tuple[tuple[nn.Module, Interceptor], ...] = ()
-
-    @property
-    def idle(self) -> bool:
-        """Whether no rule can apply."""
-        return not (self.entries or self.local or self.extents)
-
-    @property
-    def key(self) -> Hashable:
-        if self.idle and not self.recording:
-            return None
-        return (
-            tuple(entry.interceptor for entry in self.entries),
-            self.local,
-            tuple((extent.path, extent.source) for extent in self.extents),
-            self.recording,
-            self.muted,
-        )
-
-
-_IDLE = _State()
-_STATE: ContextVar[_State] = ContextVar("peft_jax_state", default=_IDLE)
-# jax.jit keys its caches by this value: a function traced under other rules is another program.
-_JIT_KEY = jax.make_user_context(default_value=None)
-
-
-@contextlib.contextmanager
-def _using(state: _State) -> Iterator[None]:
-    before = _STATE.get()
-    token = _STATE.set(state)
-    try:
-        if _same_meaning(before, state):
-            yield
-        else:
-            with _JIT_KEY(state.key):
-                yield
-    finally:
-        _STATE.reset(token)
-
-
-def _same_meaning(one: _State, other: _State) -> bool:
-    """Whether both states have the same key, told without building it."""
-    return (
-        one.entries is other.entries
-        and one.local is other.local
-        and one.extents is other.extents
-        and one.recording == other.recording
-        and one.muted == other.muted
-    )
-
-
-def recording() -> bool:
-    """Whether adapters are to label their arrays with their specs (see `lora_specs`)."""
-    return _STATE.get().recording
-
-
-@contextlib.contextmanager
-def record() -> Iterator[None]:
-    """Within, adapters that are initialized label their arrays with their specs.
-
-    The model that runs within is a whole of its own, wherever this stands.
-    """
-    state = dataclasses.replace(
-        _STATE.get(), recording=True, root=None, running=(), local=(), extents=()
-    )
-    with _using(state):
-        yield
-
-
-@contextlib.contextmanager
-def mute_adapters() -> Iterator[None]:
-    """Within, adapter rules do nothing; storage and simulation still act."""
-    state = _STATE.get()
-    extents = tuple(extent for extent in state.extents if extent.rule.order != ADAPTER)
-    with _using(dataclasses.replace(state, muted=True, extents=extents)):
-        yield
 
 
 class Interceptor(abc.ABC):
@@ -227,16 +66,16 @@ class Interceptor(abc.ABC):
                 f"An interceptor's rule must be hashable, since jax.jit keys its caches by it; "
                 f"{self!r} is not. Make the rule a function or a frozen dataclass."
             ) from error
-        state = _STATE.get()
-        entry = _Entry(self, state.frame, contextlib.ExitStack())
+        state = STATE.get()
+        entry = Entry(self, state.frame, contextlib.ExitStack())
         entry.exits.enter_context(
-            _using(dataclasses.replace(state, entries=(*state.entries, entry)))
+            using(dataclasses.replace(state, entries=(*state.entries, entry)))
         )
         entry.exits.enter_context(nn.intercept_methods(self.interceptor))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _STATE.get().entries[-1].exits.close()
+        STATE.get().entries[-1].exits.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,10 +142,10 @@ def call_wrapped(
             f"{type(module).__name__} is called outside of init and apply. Call it inside a "
             "module, or use `.init` and `.apply`."
         )
-    state = _STATE.get()
-    local = _Local(module.scope.path, layer_type(module), rules)
+    state = STATE.get()
+    local = Local(module.scope.path, layer_type(module), rules)
     with (
-        _using(dataclasses.replace(state, local=(*state.local, local))),
+        using(dataclasses.replace(state, local=(*state.local, local))),
         nn.intercept_methods(_dispatch),
     ):
         return getattr(module, method)(*args, **kwargs)
@@ -318,7 +157,7 @@ def _dispatch(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    state, module = _STATE.get(), context.module
+    state, module = STATE.get(), context.module
     if (
         module.scope is None
         or state.idle
@@ -331,45 +170,30 @@ def _dispatch(
         for entry in state.entries:
             if isinstance(entry.interceptor, ModuleInterceptor):
                 warn_of_rebuilt_rule(entry.interceptor.replace_fn, call)
-    state = _enter(state, module.scope)
+    state = state.inside(module.scope)
     if not hasattr(layer_type(module), call.method):
         # Flax's name for a function that a lifted transform runs on the module.
-        with _using(state):
+        with using(state):
             return next_fun(*args, **kwargs)
     state, replacement, rules = _plan(state, call)
     if replacement is not None:
-        with _using(state):
+        with using(state):
             return getattr(replacement, call.method)(*args, **kwargs)
     state = dataclasses.replace(state, running=(*state.running, module))
     special = None if state.muted else _SPECIAL_CALLS.get((layer_type(module), call.method))
-    with _using(state):
+    with using(state):
         if not rules and not state.extents and special is None:
             return next_fun(*args, **kwargs)
         run = functools.partial(_run, call, rules, state.extents, next_fun)
         return run() if special is None else special(call, run)
 
 
-def _enter(state: _State, scope: Scope) -> _State:
-    """The state inside a module's call: a frame of its own, and the root that it belongs to."""
-    root, frame = scope.root, object()
-    if type(root) is not Scope:
-        # Flax checks `setup` under a lift on a scope without variables or keys.
-        return dataclasses.replace(state, frame=frame, entries=(), local=(), extents=())
-    if root.debug_path or root == state.root:  # inside a lift, the root's path names it
-        return dataclasses.replace(state, frame=frame)
-    if state.root is None:
-        return dataclasses.replace(state, frame=frame, root=root)
-    # Another apply inside a module's call, on parameters of its own making: no target, but for
-    # interceptors that stand right around it.
-    entries = tuple(entry for entry in state.entries if entry.frame is state.frame)
-    return _State(entries=entries, frame=frame, root=root, running=state.running)
-
-
 def _plan(
-    state: _State, call: Call
-) -> tuple[_State, nn.Module | None, tuple[tuple[Rule, Hashable], ...]]:
+    state: State, call: Call
+) -> tuple[State, nn.Module | None, tuple[tuple[Rule, Hashable], ...]]:
     """Which module runs, and the rules on it, each with what it stems from."""
-    module, rules = call.module, []
+    module: Any = call.module
+    rules: list[tuple[Rule, Hashable]] = []
     for entry in state.entries:
         interceptor = entry.interceptor
         if not isinstance(interceptor, ModuleInterceptor) or any(
@@ -427,14 +251,14 @@ def _refuse_clashes(call: Call, rules: list[Rule]) -> None:
         raise ValueError(
             f"A layer carries one rule of each name, but '{call.path}' "
             f"({type(call.module).__name__}) gets {names.count(twice[0])} named {twice[0]!r}: "
-            f"{[type(rule).__name__ for rule in rules]}. Remove one of the wrappers or interceptors."
+            f"{[type(rule).__name__ for rule in rules]}. Remove a wrapper or an interceptor."
         )
 
 
 def _run(
     call: Call,
     rules: tuple[tuple[Rule, Hashable], ...],
-    extents: tuple[_Extent, ...],
+    extents: tuple[Extent, ...],
     next_fun: Callable[..., Any],
 ) -> Any:
     """The module's method, its parameters read through rules, the other rules around it."""
@@ -447,16 +271,14 @@ def _run(
     ]
     reading = [rule for rule in own if rule.at_weight(call)]
     _refuse_clashes(call, [*own, *inherited])
-    covering = tuple(
-        _Extent(path, rule, source) for rule, source in rules if rule.covers_children
-    )
+    covering = tuple(Extent(path, rule, source) for rule, source in rules if rule.covers_children)
 
     def proceed() -> Any:
         with contextlib.ExitStack() as stack:
             if covering:
-                state = _STATE.get()
+                state = STATE.get()
                 stack.enter_context(
-                    _using(dataclasses.replace(state, extents=(*state.extents, *covering)))
+                    using(dataclasses.replace(state, extents=(*state.extents, *covering)))
                 )
             if reading or inherited:
                 ordered = sorted([*reading, *inherited], key=lambda rule: rule.order)

@@ -1,312 +1,20 @@
-"""LoRA on a layer: the rule that puts an adapter beside a layer or at its weight, and its wrappers."""
+"""LoRA wrappers: layers with an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import dataclasses
-import difflib
 import inspect
 from typing import Any, ClassVar
 
-from flax import linen as nn
-from flax.core import meta
-from flax.typing import Array, Dtype, Initializer
-import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
 
-from peft_jax._adapters import (
-    DEFAULT_A_INIT,
-    DEFAULT_B_INIT,
-    LoRAAdapter,
-    LoRAConvAdapter,
-    LoRADenseAdapter,
-    LoRADenseGeneralAdapter,
-    LoRAEinsumAdapter,
-    LoRAEmbedAdapter,
-    LoRAWeightAdapter,
-    check_settings,
-)
-from peft_jax._equation import parse_equation, weight_equation
-from peft_jax._interceptor import ADAPTER, Rule, special_call
-from peft_jax._names import adapter_name, is_adapter
-from peft_jax._normalised import NORMS, around_norm
-from peft_jax._registry import Call, Layer, find_layer, layer_type, require_layer
+from peft_jax._adapters import DEFAULT_A_INIT, DEFAULT_B_INIT, check_settings
+from peft_jax._lora_rules import PRODUCTS, LoRARule, LoRAWeightRule, Settings
+from peft_jax._registry import layer_type, require_layer
+from peft_jax._rules import Rule
 from peft_jax._wrapper import Wrapper
-
-_DELTA = "_peft_jax_delta"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """The fields that every LoRA wrapper shares; see `LoRAAdapter`."""
-
-    rank: int
-    alpha: float | None
-    dropout: float
-    deterministic: bool | None
-    dtype: Dtype | None
-    param_dtype: Dtype
-    a_init: Initializer
-    b_init: Initializer
-
-
-# --- The adapter beside a layer of each kind -----------------------------------------------------
-
-Build = Callable[[Call, Layer, tuple[int, ...]], tuple[type[LoRAAdapter], dict[str, Any]]]
-
-
-def _conv(call: Call, layer: Layer, shape: tuple[int, ...]) -> Any:
-    module = call.module
-    names = ["features", "kernel_size", "strides", "padding", "kernel_dilation"]
-    transpose = issubclass(layer_type(module), nn.ConvTranspose)
-    if not transpose:
-        names += ["input_dilation", "feature_group_count"]
-    fields = {name: getattr(module, name) for name in names}
-    return LoRAConvAdapter, {**fields, "transpose": transpose}
-
-
-_BESIDE: Mapping[str, Build] = {
-    "dense": lambda call, layer, shape: (LoRADenseAdapter, {"features": shape[-1]}),
-    "einsum": lambda call, layer, shape: (
-        LoRAEinsumAdapter,
-        {"einsum_str": layer.equation(call), "shape": shape},
-    ),
-    "dense_general": lambda call, layer, shape: (
-        LoRADenseGeneralAdapter,
-        {
-            "features": call.module.features,
-            "axis": call.module.axis,
-            "batch_dims": call.module.batch_dims,
-        },
-    ),
-    "conv": _conv,
-    "embed": lambda call, layer, shape: (
-        LoRAEmbedAdapter,
-        {"num_embeddings": shape[0], "features": shape[1]},
-    ),
-}
-_BATCH_IN_B = frozenset({"dense_general"})
-_PRODUCTS = frozenset({"dense", "einsum", "dense_general"})
-
-
-# --- The rule ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _LoRARule(Rule):
-    """An adapter on one layer: beside it where the layer is a plain product, else at its weight."""
-
-    order: ClassVar[int] = ADAPTER
-    name: ClassVar[str] = "lora"
-    wrapper: str
-    settings: _Settings
-
-    def at_weight(self, call: Call) -> bool:
-        return not require_layer(call.module, self.wrapper).beside(call)
-
-    def transform(self, call: Call, name: str, value: Any) -> Any:
-        layer = require_layer(call.module, self.wrapper)
-        if name != layer.param:
-            return value
-        return _with_delta(self.settings, call, name, value, layer)
-
-    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        layer = require_layer(call.module, self.wrapper)
-        y = proceed()
-        if call.method not in layer.methods or not layer.beside(call):
-            return y
-        if not isinstance(y, jax.Array):
-            raise ValueError(
-                f"An adapter adds to the output of a layer, an array, but "
-                f"{type(call.module).__name__} at '{call.path}' returned {type(y).__name__}. Adapt "
-                "it at the weight, by `peft.LoRAWeight`."
-            )
-        adapter = self._adapter(call, layer, y.dtype)
-        method = getattr(adapter, call.method)
-        delta = method(layer.input(call))
-        if delta.shape != y.shape:
-            raise ValueError(
-                f"The layer at '{call.path}' returned shape {y.shape}, but by its equation "
-                f"'{layer.equation(call)}' the shape is {delta.shape}. Correct the registration of "
-                f"{type(call.module).__name__}, or adapt it by `peft.LoRAWeight`."
-            )
-        return y + delta.astype(y.dtype)
-
-    def _adapter(self, call: Call, layer: Layer, dtype: Any) -> LoRAAdapter:
-        module = call.module
-        stored = module.get_variable("params", layer.param)
-        if stored is None:
-            raise ValueError(
-                f"{type(module).__name__} at '{call.path}' is registered with the parameter "
-                f"{layer.param!r}, which it does not have. Correct `peft.register_layer(param=...)`."
-            )
-        shape = jnp.shape(meta.unbox(stored))
-        _refuse_another_equation(call, layer)
-        cls, fields = _BESIDE[layer.kind](call, layer, shape)
-        settings = dataclasses.replace(self.settings, dtype=self.settings.dtype or dtype)
-        return _make(
-            cls,
-            call,
-            layer.param,
-            stored,
-            settings,
-            precision=getattr(module, "precision", None),
-            **fields,
-        )
-
-
-def _make(
-    cls: type[LoRAAdapter],
-    call: Call,
-    param: str,
-    stored: Any,
-    settings: _Settings,
-    **fields: Any,
-) -> Any:
-    """The adapter of one parameter, in the scope of the module that holds the parameter."""
-    scope = call.module.scope
-    assert scope is not None
-    name = adapter_name(call.module, param)
-    taken = scope.get_variable("params", name)
-    if taken is not None and not is_adapter(name, taken):
-        raise ValueError(
-            f"The adapter of '{call.path}' is named {name!r}, but the module has a child or a "
-            "parameter of this name. Rename the module's own."
-        )
-    return cls(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
-        **fields,
-        adapts=param,
-        kernel_metadata=stored if isinstance(stored, meta.AxisMetadata) else None,
-        parent=scope.push(name, reuse=True),
-        name=name,
-    )
-
-
-def _refuse_another_equation(call: Call, layer: Layer) -> None:
-    """One pair of arrays has one delta, whatever equations the layer is called with."""
-    batch_in_b = layer.kind in _BATCH_IN_B
-    delta = parse_equation(layer.equation(call)).low_rank(batch_in_b=batch_in_b).delta
-    before = call.module.__dict__.setdefault(_DELTA, delta)
-    if _pattern(before) != _pattern(delta):
-        raise ValueError(
-            f"The layer at '{call.path}' is called with equations whose changes of the kernel "
-            f"differ ('{before}', then '{delta}'): one adapter cannot serve both. Adapt it at the "
-            "weight, by `peft.LoRAWeight`."
-        )
-
-
-def _pattern(equation: str) -> tuple[int, ...]:
-    """An equation up to the choice of letters."""
-    return tuple(equation.index(c) for c in equation)
-
-
-def _with_delta(settings: _Settings, call: Call, name: str, value: Any, layer: Any) -> Array:
-    """``W + scaling * a·b`` in the dtype of ``W``."""
-    shape = jnp.shape(value)
-    if layer is not None and layer.param == name:
-        equation, batch_in_b = layer.equation(call), layer.kind in _BATCH_IN_B
-    else:
-        equation, batch_in_b = weight_equation(len(shape)), False
-    if settings.dropout:
-        raise ValueError(
-            f"Dropout acts on a layer's input, but the adapter of '{call.path}' joins the weight "
-            f"{name!r}. Set dropout=0 (it is {settings.dropout})."
-        )
-    stored = call.module.get_variable("params", name)
-    adapter = _make(
-        LoRAWeightAdapter,
-        call,
-        name,
-        stored,
-        settings,
-        equation=equation,
-        shape=shape,
-        batch_in_b=batch_in_b,
-    )
-    delta = adapter()
-    return (value.astype(delta.dtype) + delta).astype(value.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LoRAWeightRule(Rule):
-    """Adapters at the weights of a module and of the modules inside it."""
-
-    order: ClassVar[int] = ADAPTER
-    name: ClassVar[str] = "lora"
-    covers_children: ClassVar[bool] = True
-    settings: _Settings
-    params: tuple[str, ...] | None
-
-    def _names(self, path: tuple[str, ...], name: str) -> bool:
-        if self.params is None:
-            return True
-        full = "/".join((*path, name))
-        return any(full == entry or full.endswith("/" + entry) for entry in self.params)
-
-    def concerns(self, call: Call) -> bool:
-        if self.params is None:
-            return True
-        layer = find_layer(call.module)
-        return layer is None or self._names(call.module.scope.path, layer.param)
-
-    def at_weight(self, call: Call) -> bool:
-        return True
-
-    def transform(self, call: Call, name: str, value: Any) -> Any:
-        path = call.module.scope.path
-        if not self._names(path, name) or not isinstance(value, jax.Array):
-            return value
-        if value.ndim < 2:
-            if self.params is None:
-                return value
-            raise ValueError(
-                f"LoRAWeight(params={self.params}) names '{'/'.join((*path, name))}', which has "
-                f"shape {value.shape}: a low-rank change needs two axes or more. Leave it out."
-            )
-        return _with_delta(self.settings, call, name, value, find_layer(call.module))
-
-    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        y = proceed()
-        if call.method == "__call__":
-            self._check_used(call)
-        return y
-
-    def _check_used(self, call: Call) -> None:
-        found = _kernels(call.module.variables.get("params", {}))
-        if call.module.is_initializing() and not any(adapted for _, adapted in found):
-            raise ValueError(
-                f"LoRAWeight found nothing to adapt in {type(call.module).__name__} at "
-                f"'{call.path}': its parameters of two or more axes are "
-                f"{[path for path, _ in found]}. Wrap the module that reads the parameter, before "
-                "it is first used."
-            )
-        base = call.module.scope.path
-        for entry in self.params or ():
-            paths = ["/".join((*base, path)) for path, _ in found]
-            if not any(path == entry or path.endswith("/" + entry) for path in paths):
-                close = difflib.get_close_matches(entry, [path for path, _ in found], 3, 0.0)
-                raise ValueError(
-                    f"LoRAWeight(params={self.params}): {entry!r} is no parameter of two or more "
-                    f"axes of {type(call.module).__name__} at '{call.path}'. Close names: {close}."
-                )
-
-
-def _kernels(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, bool]]:
-    """Paths of the parameters of two or more axes, and whether an adapter lies beside each."""
-    found: list[tuple[str, bool]] = []
-    adapted = any(is_adapter(name, value) for name, value in params.items())
-    for name, value in params.items():
-        if is_adapter(name, value):
-            continue
-        if isinstance(value, Mapping):
-            found += _kernels(value, f"{prefix}{name}/")
-        elif jnp.ndim(meta.unbox(value)) >= 2:
-            found.append((prefix + name, adapted))
-    return found
-
-
-# --- The wrappers --------------------------------------------------------------------------------
 
 
 class _LoRAWrapper(Wrapper):
@@ -345,15 +53,15 @@ class _LoRAWrapper(Wrapper):
         layer.check(module)
 
     @nn.nowrap
-    def settings(self) -> _Settings:
+    def settings(self) -> Settings:
         """The shared fields, as data."""
-        return _Settings(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(_Settings)}
+        return Settings(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
         )
 
     @nn.nowrap
     def rule(self) -> Rule:
-        return _LoRARule(type(self).__name__, self.settings())
+        return LoRARule(type(self).__name__, self.settings())
 
     @nn.nowrap
     def __call__(self, *args: Any, deterministic: bool | None = None, **kwargs: Any) -> Any:
@@ -367,7 +75,7 @@ class _LoRAWrapper(Wrapper):
         """
         if deterministic is None:
             return self._forward("__call__", args, kwargs)
-        rules, module = self.unwrap()
+        _, module = self.unwrap()
         if "deterministic" in inspect.signature(layer_type(module).__call__).parameters:
             kwargs["deterministic"] = deterministic
         return self.clone(
@@ -389,7 +97,7 @@ class LoRADense(_LoRAWrapper):
       ValueError: on a rank below 1, a module that is not registered, a layer of another kind.
     """
 
-    kinds: ClassVar[frozenset[str]] = _PRODUCTS
+    kinds: ClassVar[frozenset[str]] = PRODUCTS
 
 
 class LoRAEinsum(_LoRAWrapper):
@@ -402,7 +110,7 @@ class LoRAEinsum(_LoRAWrapper):
       ValueError: where the equation has no low-rank form, besides what `LoRADense` raises.
     """
 
-    kinds: ClassVar[frozenset[str]] = _PRODUCTS
+    kinds: ClassVar[frozenset[str]] = PRODUCTS
 
 
 class LoRADenseGeneral(_LoRAWrapper):
@@ -411,7 +119,7 @@ class LoRADenseGeneral(_LoRAWrapper):
     Raises as `LoRADense`.
     """
 
-    kinds: ClassVar[frozenset[str]] = _PRODUCTS
+    kinds: ClassVar[frozenset[str]] = PRODUCTS
 
 
 class LoRAConv(_LoRAWrapper):
@@ -443,8 +151,8 @@ class LoRAWeight(_LoRAWrapper):
     ``lora/{a,b}``; where a module holds several, the later ones at ``lora_<parameter>/{a,b}``.
 
     Attributes:
-      params: names (``kernel``) or ends of slashed paths (``hi/kernel``) of the parameters to adapt;
-        None: all.
+      params: names (``kernel``) or ends of slashed paths (``hi/kernel``) of the parameters to
+        adapt; None: all.
 
     Raises:
       ValueError: on a name that matches nothing, on dropout, where nothing is there to adapt.
@@ -473,10 +181,7 @@ class LoRAWeight(_LoRAWrapper):
     @nn.nowrap
     def rule(self) -> Rule:
         params = None if self.params is None else tuple(self.params)
-        return _LoRAWeightRule(self.settings(), params)
+        return LoRAWeightRule(self.settings(), params)
 
 
 _WRAPPERS = (LoRADense, LoRAEinsum, LoRADenseGeneral, LoRAConv, LoRAEmbed)
-
-for _norm in NORMS:
-    special_call(_norm, around_norm)

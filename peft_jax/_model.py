@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flax import linen as nn
 import jax
+from flax import linen as nn
 
 from peft_jax._equation import LoraSpec
 from peft_jax._spec_box import traced_specs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
-import numpy as np
 
 LORA = "lora"
 _FIRST = "_peft_jax_first_adapter"

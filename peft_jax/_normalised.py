@@ -1,8 +1,8 @@
 """Adapters on layers under `nn.WeightNorm` and `nn.SpectralNorm`: they join before normalisation.
 
-Both modules hand the layer inside a normalised view of its parameters, from which the stored kernel
-cannot be told. So the adapters act outside: their specs are found by an abstract trace of the layer,
-and the norm runs on stored parameters to which their changes have been added.
+Both modules hand the layer inside a normalised view of its parameters, from which the stored
+kernel cannot be told. So the adapters act outside: their specs are found by an abstract trace of
+the layer, and the norm runs on stored parameters to which their changes have been added.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import linen as nn
 from flax.core import Scope, meta
-import jax
 
 from peft_jax._equation import LoraSpec
-from peft_jax._interceptor import mute_adapters
 from peft_jax._registry import Call
 from peft_jax._spec_box import traced_specs
 from peft_jax._stacked import spec_delta
+from peft_jax._state import mute_adapters
 from peft_jax._trees import Layer, Path, adapter_paths, map_layers
 
 NORMS: tuple[type[nn.Module], ...] = (nn.WeightNorm, nn.SpectralNorm)
@@ -56,7 +56,7 @@ def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
         )(norm, *call.args, **call.kwargs)
 
 
-def _refuse_missing(layer: nn.Module, specs: dict[str, LoraSpec]) -> None:
+def _refuse_missing(layer: Any, specs: dict[str, LoraSpec]) -> None:
     missing = sorted(set(specs) - set(adapter_paths(layer.variables.get("params", {}))))
     if missing:
         path = "/".join((*layer.scope.path, missing[0]))
@@ -66,7 +66,7 @@ def _refuse_missing(layer: nn.Module, specs: dict[str, LoraSpec]) -> None:
         )
 
 
-def _init(layer: nn.Module) -> Callable[..., Any]:
+def _init(layer: Any) -> Callable[..., Any]:
     """Initializes a copy of a bound layer, in a scope of the same path but without variables."""
     path = layer.scope.path
 

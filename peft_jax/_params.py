@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import difflib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flax.core import meta
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from peft_jax._equation import LoraSpec
 from peft_jax._names import is_adapter

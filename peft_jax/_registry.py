@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -20,9 +20,13 @@ from peft_jax._equation import (
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a method of a bound module."""
+    """One call of a method of a bound module.
 
-    module: nn.Module
+    Attributes:
+      module: the module, of a type that the reader knows.
+    """
+
+    module: Any
     method: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -30,8 +34,7 @@ class Call:
     @property
     def path(self) -> str:
         """The module's slashed path; ``(the model itself)`` at the root."""
-        scope = self.module.scope
-        return "/".join(scope.path if scope is not None else ()) or "(the model itself)"
+        return "/".join(self.module.scope.path) or "(the model itself)"
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the call, given by position or by name."""
@@ -61,7 +64,7 @@ class Layer:
     input: Callable[[Call], Any] = lambda call: call.argument(0, "inputs")
     methods: tuple[str, ...] = ("__call__",)
     beside: Callable[[Call], bool] = lambda call: True
-    check: Callable[[nn.Module], None] = lambda module: None
+    check: Callable[[Any], None] = lambda module: None
 
 
 def layer_type(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
@@ -87,9 +90,7 @@ def require_layer(module: nn.Module, wrapper: str) -> Layer:
     layer = find_layer(module)
     if layer is None:
         cls = layer_type(module).__name__
-        parents = [
-            base.__name__ for base in layer_type(module).__mro__[1:] if base in _LAYERS
-        ]
+        parents = [base.__name__ for base in layer_type(module).__mro__[1:] if base in _LAYERS]
         like = (
             f" If its forward is still that of {parents[0]}, opt in by "
             f"`peft.register_layer({cls}, like=nn.{parents[0]})`."
@@ -243,9 +244,7 @@ _LAYERS.update(
             ),
             beside=lambda call: call.module.mask is None and not call.module.transpose_kernel,
         ),
-        nn.Embed: Layer(
-            "embedding", "embed", lambda call: EMBED, methods=("__call__", "attend")
-        ),
+        nn.Embed: Layer("embedding", "embed", lambda call: EMBED, methods=("__call__", "attend")),
     }
 )
 

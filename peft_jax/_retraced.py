@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
-from types import CodeType
-from typing import Any
 import warnings
 import weakref
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
 
 import jax
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from flax import struct
 from flax.core import meta
 from flax.typing import Array, Dtype, Initializer
-import jax
-import numpy as np
 
 from peft_jax._equation import LoraSpec, stacked
-from peft_jax._interceptor import record, recording
+from peft_jax._state import record, recording
 
 
 class SpecBox(struct.PyTreeNode, meta.AxisMetadata[Any]):
@@ -41,8 +41,8 @@ def boxed(
 ) -> Initializer:
     """An initializer whose array carries what is known of it.
 
-    While specs are recorded, that is the spec. Otherwise it is the partitioning of the kernel, along
-    the axes (letters) that the array shares with it; boxes that the initializer makes stay.
+    While specs are recorded, that is the spec. Otherwise it is the partitioning of the kernel,
+    along the axes (letters) that the array shares with it; boxes that the initializer makes stay.
     """
 
     def draw(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Any:
@@ -63,7 +63,8 @@ def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
 
     Args:
       init: from its arguments to a tree of parameters.
-      *given: trees. Arrays and ``jax.ShapeDtypeStruct`` are abstract; other leaves pass as they are.
+      *given: trees. Arrays and ``jax.ShapeDtypeStruct`` are abstract; other leaves pass as
+        they are.
     """
     leaves, tree = jax.tree.flatten(given)
     abstract = [_is_array(leaf) for leaf in leaves]

@@ -1,4 +1,4 @@
-"""Layers stacked by a lifted transform: their axes, and the change of their kernels. Arrays only."""
+"""Layers stacked by a lifted transform: their axes, and the change of their kernels."""
 
 import jax
 import jax.numpy as jnp

@@ -24,7 +24,8 @@ def children(tree: Any) -> Iterable[tuple[Any, Any]]:
 def rebuild(like: Any, values: Mapping[Any, Any]) -> Any:
     """A container of the type of ``like`` with these values."""
     if isinstance(like, Mapping):
-        return type(like)(values)
+        kind: Any = type(like)
+        return kind(values)
     items = list(values.values())
     return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
 

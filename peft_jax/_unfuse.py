@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from flax.core import meta
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from peft_jax._equation import LoraSpec
 from peft_jax._low_rank import matricize, unmatricize
 from peft_jax._params import Specs, adapter_change, check_specs, merge_params, rounded_sum
 from peft_jax._stacked import stack_back, stack_first
-from peft_jax._trees import Layer, Path, adapter_paths, children, is_branch, map_layers, rebuild, slashed
+from peft_jax._trees import (
+    Layer,
+    Path,
+    adapter_paths,
+    children,
+    is_branch,
+    map_layers,
+    rebuild,
+    slashed,
+)
 
 
 def unfuse_params(
@@ -185,7 +194,7 @@ def _factors(
     rank: int | None,
 ) -> dict[str, Any]:
     """``a`` and ``b`` of the best adapter for one weight."""
-    where = (*path[:-1], spec.param)
+    where = (*path[:-1], str(spec.param))
     old, new = meta.unbox(before[where]), meta.unbox(after[where])
     if old.shape != new.shape:
         raise ValueError(
@@ -233,19 +242,20 @@ def _padded(array: jax.Array, length: int, axis: int) -> jax.Array:
 def _laid_out(
     a: jax.Array, b: jax.Array, shape: tuple[int, ...], spec: LoraSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Matrices ``(stack, batch, in, r)`` and ``(stack, batch, r, out)`` as the spec lays them out."""
+    """Matrices ``(stack, batch, in, r)``, ``(stack, batch, r, out)`` as the spec lays them out."""
     letters_a, letters_b, kernel = spec.letters
     sizes = dict(zip(kernel, shape, strict=True))
     (shared,) = (set(letters_a) & set(letters_b)) - set(kernel)
     sizes[shared] = a.shape[-1]
 
     def lay(matrix: jax.Array, letters: str, rank_last: bool) -> jax.Array:
-        batch = [i for i, c in enumerate(letters) if c in letters_a and c in letters_b and c != shared]
-        rank = [letters.index(shared)]
-        rest = [i for i in range(len(letters)) if i not in batch and i not in rank]
-        groups = (rest, rank) if rank_last else (rank, rest)
+        both = (set(letters_a) & set(letters_b)) - {shared}
+        batch = tuple(i for i, c in enumerate(letters) if c in both)
+        rank = (letters.index(shared),)
+        rest = tuple(i for i in range(len(letters)) if i not in batch + rank)
+        rows, columns = (rest, rank) if rank_last else (rank, rest)
         full = tuple(sizes[c] for c in letters)
-        return jax.vmap(lambda m: unmatricize(m, full, *map(tuple, groups), tuple(batch)))(matrix)
+        return jax.vmap(lambda m: unmatricize(m, full, rows, columns, batch))(matrix)
 
     return lay(a, letters_a, True), lay(b, letters_b, False)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import types
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
 from flax.core import Scope
 
-from peft_jax._interceptor import Rule, RuleSource, call_wrapped
+from peft_jax._interceptor import call_wrapped
 from peft_jax._registry import layer_type
+from peft_jax._rules import Rule, RuleSource
 
 
 class Wrapper(nn.Module, RuleSource):
@@ -71,7 +72,8 @@ class Wrapper(nn.Module, RuleSource):
 
     @nn.nowrap
     def unwrap(self) -> tuple[tuple[Rule, ...], nn.Module]:
-        rules, module = (self.rule(),), self.wrapped
+        rules: tuple[Rule, ...] = (self.rule(),)
+        module = self.wrapped
         if isinstance(module, RuleSource):
             inside, module = module.unwrap()
             rules += inside

@@ -1,0 +1,55 @@
+"""What a wrapper does to a layer, as data: the language between wrappers and the dispatcher."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from flax import linen as nn
+
+from peft_jax._registry import Call
+
+STORAGE, SIMULATION, ADAPTER = range(3)
+
+
+class Untouched:
+    """Mixin of modules that interceptors leave alone: the adapters themselves."""
+
+
+class Rule:
+    """What a wrapper does to the layer inside, as data that compares by value.
+
+    Attributes:
+      order: rules are applied in this order, whatever the order of nesting.
+      name: two rules of one name may not meet on one layer.
+      covers_children: whether parameters of the module's submodules are transformed too.
+    """
+
+    order: ClassVar[int]
+    name: ClassVar[str]
+    covers_children: ClassVar[bool] = False
+
+    def concerns(self, call: Call) -> bool:
+        """Whether the rule, inherited from an enclosing module, does anything to this one."""
+        return True
+
+    def at_weight(self, call: Call) -> bool:
+        """Whether this call reads its parameters through `transform`."""
+        return False
+
+    def transform(self, call: Call, name: str, value: Any) -> Any:
+        """The value that the module reads in place of its parameter."""
+        return value
+
+    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        """Runs the call, and what comes beside it."""
+        return proceed()
+
+
+class RuleSource(abc.ABC):
+    """A module that stands for rules on the module that it wraps."""
+
+    @abc.abstractmethod
+    def unwrap(self) -> tuple[tuple[Rule, ...], nn.Module]:
+        """The rules of this wrapper and those inside it, outermost first, and the module inside."""
