@@ -37,10 +37,13 @@ def check_settings(owner: str, rank: Any, alpha: Any, dropout: Any) -> None:
     Raises:
       ValueError: with the owner's name and the value.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
         raise ValueError(f"{owner}.rank is a positive integer, got {rank!r}.")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
-        raise ValueError(f"{owner}.alpha is a number, or None for a scaling of 1, got {alpha!r}.")
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if alpha is not None and not (is_number and math.isfinite(alpha)):
+        raise ValueError(
+            f"{owner}.alpha is a finite number, or None for a scaling of 1, got {alpha!r}."
+        )
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"{owner}.dropout is a rate of at least 0 and below 1, got {dropout!r}.")
 
@@ -147,7 +150,7 @@ class LoRAAdapter(nn.Module, Untouched):
         """An array of the parameters, if it is there and has the shape."""
         assert self.scope is not None
         stored, path = meta.unbox(self.get_variable("params", name)), "/".join(self.scope.path)
-        if stored is None and not self.is_mutable_collection("params"):
+        if stored is None and not (self.is_mutable_collection("params") and self.has_rng("params")):
             raise ValueError(
                 f"The parameters hold no adapter at '{path}', where a rule puts one. Initialize "
                 "the model under the same rules, or add the adapters by `peft.merge_params`."

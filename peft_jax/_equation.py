@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -253,6 +254,14 @@ def stacked(delta: str) -> str:
     return f"...{a},...{b}->...{kernel}"
 
 
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
     """What the arrays of one adapter do not say.
@@ -280,37 +289,51 @@ class LoraSpec:
     stack_axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        problems = {
-            "rank": not isinstance(self.rank, int) or self.rank < 1,
-            "scaling": not isinstance(self.scaling, int | float) or not math.isfinite(self.scaling),
-            "param": not (self.param is None or isinstance(self.param, str)),
-            "variant": self.variant != "lora",
+        axes = self.stack_axes
+        allowed = {
+            "rank": _is_integer(self.rank) and self.rank >= 1,
+            "scaling": _is_number(self.scaling),
+            "alpha": self.alpha is None or _is_number(self.alpha),
+            "param": self.param is None or isinstance(self.param, str),
+            "variant": self.variant == "lora",
+            "stack_axes": isinstance(axes, tuple | list) and all(map(_is_integer, axes)),
         }
-        for field, wrong in problems.items():
-            if wrong:
+        for field, is_allowed in allowed.items():
+            if not is_allowed:
                 raise ValueError(
                     f"LoraSpec.{field} = {getattr(self, field)!r} is not allowed: rank is a "
-                    "positive integer, scaling a finite number, param a name or None, variant "
-                    "'lora'."
+                    "positive integer, scaling a finite number, alpha too (or None), param a name "
+                    "or None, variant 'lora', stack_axes integers."
                 )
+        object.__setattr__(self, "rank", operator.index(self.rank))
+        object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
         self.letters  # noqa: B018  (checks the equation)
-        object.__setattr__(self, "stack_axes", tuple(int(axis) for axis in self.stack_axes))
+        if axes and ELLIPSIS not in self.equation:
+            raise ValueError(
+                f"LoraSpec.stack_axes = {self.stack_axes} goes with an equation of stacked layers, "
+                f"such as '...ir,...ro->...io', not {self.equation!r}."
+            )
 
     @property
     def letters(self) -> tuple[str, str, str]:
         """Letters of ``a``, ``b`` and the kernel, without the ellipsis."""
         try:
-            operands, kernel = self.equation.replace(ELLIPSIS, "").replace(" ", "").split("->")
-            a, b = operands.split(",")
+            operands, kernel = self.equation.replace(" ", "").split("->")
+            terms = (*operands.split(","), kernel)
+            stacked = [term.startswith(ELLIPSIS) for term in terms]
+            a, b, kernel = (term.removeprefix(ELLIPSIS) for term in terms)
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"LoraSpec.equation = {self.equation!r} is not of the form 'ir,ro->io'."
             ) from error
         shared = (set(a) & set(b)) - set(kernel)
-        if len(shared) != 1 or not set(kernel) == (set(a) | set(b)) - shared:
+        repeats = any(len(set(term)) != len(term) for term in (a, b, kernel))
+        fits = len(shared) == 1 and set(kernel) == (set(a) | set(b)) - shared
+        if repeats or not fits or len(set(stacked)) != 1 or not (a + b + kernel).isalpha():
             raise ValueError(
                 f"LoraSpec.equation = {self.equation!r} is not of the form 'ir,ro->io': a and b "
-                "share the rank alone, and all other letters make up the kernel."
+                "share the rank alone, all other letters make up the kernel, none stands twice in "
+                "a term, and a leading '...' stands in every term or in none."
             )
         return a, b, kernel
 
@@ -337,6 +360,8 @@ class LoraSpec:
         Raises:
           ValueError: on a field that is unknown or missing, or a value that is not allowed.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"LoraSpec.from_dict takes a dict, got {type(data).__name__}.")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         missing = sorted({"param", "equation", "rank"} - set(data))
@@ -345,4 +370,4 @@ class LoraSpec:
                 f"A LoraSpec has the fields {sorted(known)}; unknown here: {unknown}, missing: "
                 f"{missing}."
             )
-        return cls(**{**data, "stack_axes": tuple(data.get("stack_axes", ()))})
+        return cls(**data)

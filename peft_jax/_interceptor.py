@@ -22,7 +22,16 @@ from flax.core import meta
 from peft_jax._registry import Call, layer_type
 from peft_jax._retraced import warn_of_rebuilt_rule
 from peft_jax._rules import ADAPTER, Rule, RuleSource, Untouched
-from peft_jax._state import STATE, Entry, Extent, Local, State, using
+from peft_jax._state import (
+    Extent,
+    Local,
+    State,
+    check_task,
+    close_entry,
+    current,
+    open_entry,
+    using,
+)
 
 _PLANS = "_peft_jax_plans"
 
@@ -66,16 +75,11 @@ class Interceptor(abc.ABC):
                 f"An interceptor's rule must be hashable, since jax.jit keys its caches by it; "
                 f"{self!r} is not. Make the rule a function or a frozen dataclass."
             ) from error
-        state = STATE.get()
-        entry = Entry(self, state.frame, contextlib.ExitStack())
-        entry.exits.enter_context(
-            using(dataclasses.replace(state, entries=(*state.entries, entry)))
-        )
-        entry.exits.enter_context(nn.intercept_methods(self.interceptor))
+        open_entry(self, nn.intercept_methods(_hook))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        STATE.get().entries[-1].exits.close()
+        close_entry(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,7 @@ class ModuleInterceptor(Interceptor):
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        return _dispatch(next_fun, args, kwargs, context)
+        return _dispatch(context, next_fun, *args, **kwargs)
 
 
 def call_wrapped(
@@ -142,22 +146,72 @@ def call_wrapped(
             f"{type(module).__name__} is called outside of init and apply. Call it inside a "
             "module, or use `.init` and `.apply`."
         )
-    state = STATE.get()
+    state = current()
     local = Local(module.scope.path, layer_type(module), rules)
     with (
         using(dataclasses.replace(state, local=(*state.local, local))),
-        nn.intercept_methods(_dispatch),
+        nn.intercept_methods(_hook),
     ):
         return getattr(module, method)(*args, **kwargs)
 
 
-def _dispatch(
+def _hook(
     next_fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    state, module = STATE.get(), context.module
+    """Stands on Flax's stack once for each interceptor; the outermost serves them all.
+
+    It is one function, so that statements held by generators may end in any order.
+    """
+    state = current()
+    if state.call is context:
+        return next_fun(*args, **kwargs)
+    if state.frame is None:
+        check_task()
+    interceptors: list[Any] = [entry.interceptor for entry in state.entries]
+    if all(isinstance(interceptor, ModuleInterceptor) for interceptor in interceptors):
+        return _dispatch(context, next_fun, *args, **kwargs)
+    with using(dataclasses.replace(state, call=context)):
+        return _nested(interceptors, context, next_fun)(*args, **kwargs)
+
+
+def _nested(
+    interceptors: list[Interceptor],
+    context: nn.module.InterceptorContext,
+    next_fun: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The method inside interceptors as they nest, the dispatcher at the outermost rule."""
+    rules = [isinstance(interceptor, ModuleInterceptor) for interceptor in interceptors]
+    place = rules.index(True) if any(rules) else len(rules)
+    run = next_fun
+    for i, interceptor in reversed(list(enumerate(interceptors))):
+        if i == place:
+            run = functools.partial(_dispatch, context, run)
+        elif not rules[i]:
+            run = functools.partial(_intercepted, interceptor, run, context)
+    return run if any(rules) else functools.partial(_dispatch, context, run)
+
+
+def _intercepted(
+    interceptor: Interceptor,
+    next_fun: Callable[..., Any],
+    context: nn.module.InterceptorContext,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    return interceptor.interceptor(next_fun, args, kwargs, context)
+
+
+def _dispatch(
+    context: nn.module.InterceptorContext,
+    next_fun: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Runs a method under the rules of all module interceptors and wrappers."""
+    state, module = current(), context.module
     if (
         module.scope is None
         or state.idle
@@ -170,7 +224,7 @@ def _dispatch(
         for entry in state.entries:
             if isinstance(entry.interceptor, ModuleInterceptor):
                 warn_of_rebuilt_rule(entry.interceptor.replace_fn, call)
-    state = state.inside(module.scope)
+    state = state.inside(module)
     if not hasattr(layer_type(module), call.method):
         # Flax's name for a function that a lifted transform runs on the module.
         with using(state):
@@ -196,14 +250,12 @@ def _plan(
     rules: list[tuple[Rule, Hashable]] = []
     for entry in state.entries:
         interceptor = entry.interceptor
-        if not isinstance(interceptor, ModuleInterceptor) or any(
-            skipped is module and by == interceptor for skipped, by in state.skipped
-        ):
+        if not isinstance(interceptor, ModuleInterceptor) or state.skips(interceptor):
             continue
         found, replacement = _replacement(interceptor, call)
         if replacement is not None:
-            skipped = ((module, interceptor), (replacement, interceptor))
-            state = dataclasses.replace(state, skipped=(*state.skipped, *skipped))
+            skipped = (*state.skipped, (module, interceptor))
+            state = dataclasses.replace(state, skipped=skipped)
             return state, replacement, ()
         rules += [(rule, interceptor) for rule in found]
     for local in state.local:
@@ -225,7 +277,7 @@ def _replacement(
     if interceptor in plans:
         rules, replacement = plans[interceptor]
     else:
-        rules, replacement = (), interceptor.replace_fn(call.module)
+        rules, replacement = (), _made(interceptor, call)
         if not isinstance(replacement, nn.Module):
             raise ValueError(
                 f"replace_fn returns a module, the one it was given or another, but returned "
@@ -237,11 +289,47 @@ def _replacement(
                 rules, replacement = found, None
         if replacement is call.module:
             replacement = None
-        if replacement is None or call.method != "setup":
-            plans[interceptor] = rules, replacement
+        plans[interceptor] = rules, replacement
     if call.method == "setup" or not hasattr(type(replacement), call.method):
         replacement = None  # never replaced at setup; undeclared methods go to the original
     return rules, replacement
+
+
+class _Host(nn.Module, Untouched):
+    """The parent of what a rule makes, in the scope of the module that the rule is given.
+
+    The module itself cannot be it: it may be past its setup, and a child that holds its parent has
+    a `repr` without end.
+    """
+
+    make: Callable[[], Any]
+
+    @nn.nowrap
+    def sow(self, *args: Any, **kwargs: Any) -> bool:
+        """Records nothing: the host is no part of the model."""
+        return False
+
+    def setup(self) -> None:
+        made = self.make()
+        name = f"{type(made).__name__}_0"
+        if isinstance(made, nn.Module) and made.scope is None and made.name is None:
+            setattr(self, name, made)
+            made = getattr(self, name)
+        self.made = _Opaque(made)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    """Keeps Flax from taking a module that belongs elsewhere for a child."""
+
+    content: Any
+
+
+def _made(interceptor: ModuleInterceptor, call: Call) -> Any:
+    """What the rule makes of the module."""
+    module = call.module
+    host = _Host(lambda: interceptor.replace_fn(module), parent=module.scope, name="host")
+    return host.made.content
 
 
 def _refuse_clashes(call: Call, rules: list[Rule]) -> None:
@@ -276,7 +364,7 @@ def _run(
     def proceed() -> Any:
         with contextlib.ExitStack() as stack:
             if covering:
-                state = STATE.get()
+                state = current()
                 stack.enter_context(
                     using(dataclasses.replace(state, extents=(*state.extents, *covering)))
                 )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from flax.errors import NameInUseError
 from flax.typing import Array, Dtype, Initializer
 
 from peft_jax._adapters import (
@@ -262,7 +263,13 @@ class LoRAWeightRule(Rule):
         return _with_delta(self.settings, call, name, value, find_layer(call.module))
 
     def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        y = proceed()
+        try:
+            y = proceed()
+        except NameInUseError as error:
+            raise ValueError(
+                f"{type(call.module).__name__} at '{call.path}' has a child or a parameter named "
+                "'lora' or 'lora_<parameter>', as its adapters are. Rename the module's own."
+            ) from error
         if call.method == "__call__":
             self._check_used(call)
         return y

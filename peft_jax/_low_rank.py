@@ -236,12 +236,17 @@ def delta(a: Array, b: Array, equation: str, scaling: float | Array) -> Array:
         The delta in float32, or in the operands' dtype where that is wider: rounding to the
         kernel's dtype is left to the caller, who does it once, after the sum.
     """
-    dtype = max(jnp.dtype(jnp.float32), a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    dtype = widest(a.dtype, b.dtype)
     product = jnp.einsum(
         equation, a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST
     )
     factor = jnp.asarray(scaling, dtype)
     return product * factor.reshape(factor.shape + (1,) * (product.ndim - factor.ndim))
+
+
+def widest(*dtypes: jnp.dtype) -> jnp.dtype:
+    """Float32, or a dtype that is wider; strict promotion of types has no such rule."""
+    return max(jnp.dtype(jnp.float32), *dtypes, key=lambda dtype: dtype.itemsize)
 
 
 # --- The matrix inside a kernel ------------------------------------------------------------------

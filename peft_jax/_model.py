@@ -49,7 +49,8 @@ def lora_specs(
             f"{' that is bound' if isinstance(model, nn.Module) else ''}. Give the model itself, "
             "not its parameters, nor a module inside `apply`."
         )
-    rngs = {"params": jax.random.key(0)} if rngs is None else rngs
+    if rngs is None:
+        rngs = {"params": jax.eval_shape(lambda: jax.random.key(0))}
 
     def init(rngs: Any, inputs: Any, kwargs: Any) -> Any:
         return model.init(rngs, *inputs, method=method, **kwargs).get("params", {})

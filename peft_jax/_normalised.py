@@ -32,7 +32,9 @@ def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
     norm, layer = call.module, call.module.layer_instance
     kwargs = {name: value for name, value in call.kwargs.items() if name != "update_stats"}
     init = _init(layer)
-    specs = traced_specs(init, {"params": jax.random.key(0)}, call.args, kwargs)
+    specs = traced_specs(
+        init, {"params": jax.eval_shape(lambda: jax.random.key(0))}, call.args, kwargs
+    )
     if not specs:
         return proceed()
     if norm.is_initializing():

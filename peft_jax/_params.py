@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from peft_jax._equation import LoraSpec
+from peft_jax._low_rank import widest
 from peft_jax._names import is_adapter
 from peft_jax._stacked import spec_delta
 from peft_jax._trees import (
@@ -156,6 +157,12 @@ def fuse_params(params: Any, *, specs: Specs | None = None) -> Any:
     check_specs(params, specs, "fuse_params")
 
     def fuse(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        if specs is None and len(adapters) > 1:
+            raise ValueError(
+                f"The adapters {[slashed((*path, name)) for name in sorted(adapters)]} lie in one "
+                "place, and arrays alone do not tell which weight each belongs to. Pass "
+                "specs=peft.lora_specs(model, *inputs)."
+            )
         for name, adapter in adapters.items():
             param, change = adapter_change((*path, name), layer, adapter, specs)
             layer[param] = rounded_sum(layer[param], change, 1)
@@ -176,7 +183,8 @@ def check_specs(params: Any, specs: Specs | None, caller: str) -> None:
             f"{type(specs).__name__}. `peft.lora_specs(model, *inputs)` makes them."
         )
     there = set(adapter_paths(params))
-    missing, surplus = sorted(there - set(specs)), sorted(set(specs) - there)
+    needed = {path for path, spec in specs.items() if spec.param is not None}
+    missing, surplus = sorted(there - set(specs)), sorted(needed - there)
     if missing or surplus:
         raise ValueError(
             f"{caller}: specs and parameters are of different models. Adapters without a spec: "
@@ -190,6 +198,7 @@ def adapter_change(
 ) -> tuple[str, jax.Array]:
     """Name of the adapted parameter, and what the adapter adds to it."""
     spec = _assumed_spec(path, layer, adapter) if specs is None else specs["/".join(path)]
+    _check_rank(path, adapter, spec)
     if spec.param is None:
         raise ValueError(
             f"The adapter at '{slashed(path)}' stands alone (a LoRA...Adapter without a layer): "
@@ -223,6 +232,16 @@ def adapter_change(
     return spec.param, change
 
 
+def _check_rank(path: Path, adapter: Mapping[str, Any], spec: LoraSpec) -> None:
+    rank = jnp.shape(meta.unbox(adapter["a"]))[-1] if not spec.stack_axes else spec.rank
+    if rank != spec.rank and spec.alpha is not None:
+        raise ValueError(
+            f"The adapter at '{slashed(path)}' has rank {rank}, but its spec has rank {spec.rank}, "
+            f"from which the scaling {spec.scaling} was made (alpha {spec.alpha}). Give the specs "
+            "of this model (`peft.lora_specs`)."
+        )
+
+
 def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraSpec:
     """The spec of a Dense layer, where nothing speaks against it."""
     weights = [
@@ -245,6 +264,6 @@ def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraS
 def rounded_sum(stored: Any, change: jax.Array, sign: int) -> Any:
     """``stored + sign * change``, rounded once to the stored dtype, in the stored box."""
     kernel = meta.unbox(stored)
-    dtype = jnp.promote_types(kernel.dtype, change.dtype)
+    dtype = widest(kernel.dtype, change.dtype)
     total = kernel.astype(dtype) + sign * change.astype(dtype)
     return meta.replace_boxed(stored, total.astype(kernel.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -33,7 +34,10 @@ def warn_of_rebuilt_rule(rule: Callable[..., Any], call: Call) -> None:
     Counted are calls of a model under jit (or another transform), by the model's class and the
     shapes of its inputs. Rules that compare by value never get here twice.
     """
-    code = getattr(rule, "__code__", None)
+    function = rule
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
     inputs = jax.tree.leaves((call.args, dict(call.kwargs)))
     if code is None or not any(isinstance(leaf, jax.core.Tracer) for leaf in inputs):
         return

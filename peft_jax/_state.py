@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
+import weakref
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 
@@ -16,11 +18,21 @@ from peft_jax._rules import ADAPTER, Rule
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An interceptor in a ``with`` statement, and the module call in which that stands."""
+    """An interceptor in a ``with`` statement, and where that stands.
+
+    Attributes:
+      interceptor: compares by value.
+      frame: the module call in which the statement stands.
+      running: the model whose ``init`` or ``apply`` was running then; see `_running_root`.
+      thread: Flax's interceptors belong to a thread, while a context may be copied to another.
+      hook: what the statement has put on Flax's stack.
+    """
 
     interceptor: Hashable
     frame: object | None
-    exits: contextlib.ExitStack = dataclasses.field(compare=False)
+    running: Scope | None
+    thread: int
+    hook: contextlib.AbstractContextManager[None] = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +64,53 @@ class State:
     muted: bool = False
     frame: object | None = None
     root: Scope | None = None
+    call: object | None = None
     running: tuple[nn.Module, ...] = ()
     skipped: tuple[tuple[nn.Module, Hashable], ...] = ()
 
-    def inside(self, scope: Scope) -> State:
+    def inside(self, module: nn.Module) -> State:
         """The state inside the call of a module: a frame of its own, and the root it belongs to."""
-        root, frame = scope.root, object()
+        assert module.scope is not None
+        root, frame = module.scope.root, object()
         if type(root) is not Scope:
             # Flax checks `setup` under a lift on a scope without variables or keys.
             return dataclasses.replace(self, frame=frame, entries=(), local=(), extents=())
         if root.debug_path or root == self.root:  # inside a lift, the root's path names it
             return dataclasses.replace(self, frame=frame)
-        if self.root is None:
+        outer = _running_root()
+        if self.root is None and (outer is None or outer == root or module.name is None):
+            _ROOT.set(weakref.ref(root))
             return dataclasses.replace(self, frame=frame, root=root)
-        # Another apply inside a module's call, on parameters of its own making: no target, but for
-        # interceptors that stand right around it.
-        entries = tuple(entry for entry in self.entries if entry.frame is self.frame)
+        # Another apply inside a module's call (or inside a function that `apply` was given as its
+        # method, where a submodule is told by its name), on parameters of its own making: no
+        # target, but for interceptors that stand right around it.
+        entries = tuple(
+            entry
+            for entry in self.entries
+            if entry.frame is self.frame and (self.root is not None or entry.running == outer)
+        )
         return State(entries=entries, frame=frame, root=root, running=self.running)
+
+    def skips(self, interceptor: Hashable) -> bool:
+        """Whether a replacement that the interceptor made is running.
+
+        What a replacement makes by itself is not replaced again; the module that it stands for, and
+        the modules inside that one, are.
+        """
+        return any(
+            by == interceptor and not any(module is original for module in self.running)
+            for original, by in self.skipped
+        )
 
     @property
     def idle(self) -> bool:
         """Whether no rule can apply."""
         return not (self.entries or self.local or self.extents)
+
+    @property
+    def around(self) -> tuple[bool, ...]:
+        """For each entry, whether it stands right around this frame (see `inside`)."""
+        return tuple(entry.frame is self.frame for entry in self.entries)
 
     @property
     def key(self) -> Hashable:
@@ -82,48 +119,113 @@ class State:
             return None
         return (
             tuple(entry.interceptor for entry in self.entries),
+            self.around,
             self.local,
             tuple((extent.path, extent.source) for extent in self.extents),
             self.recording,
             self.muted,
         )
 
+    def means(self, other: State) -> bool:
+        """Whether both states have the same key, told without building it."""
+        return (
+            self.entries is other.entries
+            and self.local is other.local
+            and self.extents is other.extents
+            and self.recording == other.recording
+            and self.muted == other.muted
+            and self.around == other.around
+        )
+
 
 _IDLE = State()
-STATE: ContextVar[State] = ContextVar("peft_jax_state", default=_IDLE)
+_STATE: ContextVar[State] = ContextVar("peft_jax_state", default=_IDLE)
 # jax.jit keys its caches by this value: a function traced under other rules is another program.
 _JIT_KEY = jax.make_user_context(default_value=None)
+
+
+# The root of the model that ran last.
+_ROOT: ContextVar[weakref.ref[Scope] | None] = ContextVar("peft_jax_root", default=None)
+
+
+def _running_root() -> Scope | None:
+    """The root of the model whose ``init`` or ``apply`` has not returned yet, if one is known."""
+    reference = _ROOT.get()
+    root = None if reference is None else reference()
+    return None if root is None or root.invalid else root
+
+
+def current() -> State:
+    """What is active here; entries of another thread, whose context was copied, are not."""
+    state = _STATE.get()
+    thread = threading.get_ident()
+    if all(entry.thread == thread for entry in state.entries):
+        return state
+    return _IDLE
 
 
 @contextlib.contextmanager
 def using(state: State) -> Iterator[None]:
     """Within, this is the state, for jit's caches too."""
-    before = STATE.get()
-    token = STATE.set(state)
+    before = current()
+    token = _STATE.set(state)
+    changed = not before.means(state)
     try:
-        if _same_meaning(before, state):
-            yield
-        else:
-            with _JIT_KEY(state.key):
-                yield
+        if changed:
+            _set_jit_key(state.key)
+        yield
     finally:
-        STATE.reset(token)
+        _STATE.reset(token)
+        if changed:
+            _set_jit_key(before.key)
 
 
-def _same_meaning(one: State, other: State) -> bool:
-    """Whether both states have the same key, told without building it."""
-    return (
-        one.entries is other.entries
-        and one.local is other.local
-        and one.extents is other.extents
-        and one.recording == other.recording
-        and one.muted == other.muted
-    )
+def _set_jit_key(key: Hashable) -> None:
+    # Set, not left again: `with` statements held by generators may end in any order, and the key
+    # is always that of the state that holds.
+    _JIT_KEY(key).__enter__()
+
+
+def check_task() -> None:
+    """Refuses to go on where another task of this thread is inside a ``with`` statement.
+
+    jit's caches know the thread, not the task: they would serve one task's program to the other.
+    """
+    if _JIT_KEY.value != current().key:
+        raise ValueError(
+            "A model runs while another asyncio task of this thread is inside `with "
+            "peft.ModuleInterceptor(...)`. Do not await inside that statement: open it around "
+            "the calls of the model alone."
+        )
+
+
+def open_entry(interceptor: Hashable, hook: contextlib.AbstractContextManager[None]) -> None:
+    """Enters an interceptor, until `close_entry`."""
+    check_task()
+    state = current()
+    entry = Entry(interceptor, state.frame, _running_root(), threading.get_ident(), hook)
+    _replace(dataclasses.replace(state, entries=(*state.entries, entry)))
+    hook.__enter__()
+
+
+def close_entry(interceptor: Hashable) -> None:
+    """Leaves the innermost statement of this very interceptor."""
+    state = current()
+    own = [entry for entry in state.entries if entry.interceptor is interceptor]
+    if own:
+        rest = tuple(entry for entry in state.entries if entry is not own[-1])
+        _replace(dataclasses.replace(state, entries=rest))
+        own[-1].hook.__exit__(None, None, None)
+
+
+def _replace(state: State) -> None:
+    _STATE.set(state)
+    _set_jit_key(state.key)
 
 
 def recording() -> bool:
     """Whether adapters are to label their arrays with their specs (see `lora_specs`)."""
-    return STATE.get().recording
+    return current().recording
 
 
 @contextlib.contextmanager
@@ -133,7 +235,7 @@ def record() -> Iterator[None]:
     The model that runs within is a whole of its own, wherever this stands.
     """
     state = dataclasses.replace(
-        STATE.get(), recording=True, root=None, running=(), local=(), extents=()
+        current(), recording=True, root=None, running=(), local=(), extents=()
     )
     with using(state):
         yield
@@ -142,7 +244,7 @@ def record() -> Iterator[None]:
 @contextlib.contextmanager
 def mute_adapters() -> Iterator[None]:
     """Within, adapter rules do nothing; storage and simulation still act."""
-    state = STATE.get()
+    state = current()
     extents = tuple(extent for extent in state.extents if extent.rule.order != ADAPTER)
     with using(dataclasses.replace(state, muted=True, extents=extents)):
         yield

@@ -12,7 +12,7 @@ import numpy as np
 from flax.core import meta
 
 from peft_jax._equation import LoraSpec
-from peft_jax._low_rank import matricize, unmatricize
+from peft_jax._low_rank import matricize, unmatricize, widest
 from peft_jax._params import Specs, adapter_change, check_specs, merge_params, rounded_sum
 from peft_jax._stacked import stack_back, stack_first
 from peft_jax._trees import (
@@ -50,9 +50,9 @@ def unfuse_params(
       lora: a tree of adapters (`split_params`).
       specs: from `lora_specs`; without them every kernel is read as that of a Dense layer with a
         scaling of 1.
-      rank: of the adapters that are recovered; None: the numerical rank of each difference, which
-        needs arrays (no tracers). Layers without a difference get no adapter, or one of zeros and
-        rank 1 where ``specs`` name them.
+      rank: of the adapters that are recovered; None: the numerical rank of each difference, and at
+        least the rank of its spec, which needs arrays (no tracers). Layers without a difference get
+        no adapter, or one of zeros where ``specs`` name them.
 
     Returns:
       The merged tree, as `fuse_params` takes it.
@@ -125,6 +125,12 @@ def _recover(fused: Any, original: Any, specs: Specs | None, rank: int | None) -
     wanted = _wanted(specs, before) if specs is not None else _differing(before, after)
     adapters: dict[Path, dict[str, Any]] = {}
     for path, spec in wanted.items():
+        if spec.alpha is not None and rank not in (None, spec.rank):
+            raise ValueError(
+                f"unfuse_params: rank={rank}, but the spec of '{slashed(path)}' has rank "
+                f"{spec.rank}, from which its scaling was made (alpha {spec.alpha}). Leave rank "
+                "out, or give specs without alpha."
+            )
         adapters[path] = _factors(path, before, after, spec, rank)
     _refuse_other_differences(before, after, wanted)
     return _insert(original, adapters, ())
@@ -196,12 +202,21 @@ def _factors(
     """``a`` and ``b`` of the best adapter for one weight."""
     where = (*path[:-1], str(spec.param))
     old, new = meta.unbox(before[where]), meta.unbox(after[where])
-    if old.shape != new.shape:
+    depth = len(spec.stack_axes) if spec.stack_axes else old.ndim - len(spec.letters[2])
+    is_stacked = spec.equation.startswith("...")
+    if (
+        old.shape != new.shape
+        or len(spec.letters[2]) + depth != old.ndim
+        or (depth and not is_stacked)
+    ):
         raise ValueError(
             f"unfuse_params: '{slashed(where)}' has shape {old.shape} in the original and "
-            f"{new.shape} in fused."
+            f"{new.shape} in fused; the spec's equation is '{spec.equation}' (stack axes "
+            f"{spec.stack_axes}). Give the specs and the trees of one model."
         )
-    dtype = jnp.promote_types(old.dtype, jnp.float32)
+    if spec.scaling == 0:
+        raise ValueError(f"unfuse_params: a scaling of 0 at '{slashed(path)}' has no inverse.")
+    dtype = widest(old.dtype)
     axes = spec.stack_axes or (0,) * (old.ndim - len(spec.letters[2]))
     change = stack_first(new.astype(dtype) - old.astype(dtype), axes)
     lead, shape = change.shape[: len(axes)], change.shape[len(axes) :]
@@ -212,6 +227,7 @@ def _factors(
     u, s, v = jnp.linalg.svd(matrices, full_matrices=False)
     if rank is None:
         rank = _numerical_rank(s, new, matrices.shape[-2:], slashed(where))
+        rank = max(rank, spec.rank)  # of zeros beyond, so that the spec's scaling still holds
     kept = min(rank, s.shape[-1])
     root = jnp.sqrt(s[..., :kept])
     a = _padded(u[..., :kept] * root[..., None, :], rank, -1)
@@ -227,6 +243,10 @@ def _numerical_rank(s: jax.Array, weight: jax.Array, shape: tuple[int, ...], whe
     if isinstance(s, jax.core.Tracer):
         raise ValueError(
             f"unfuse_params: the numerical rank of '{where}' is not known under jit. Pass rank."
+        )
+    if not bool(jnp.all(jnp.isfinite(s))):
+        raise ValueError(
+            f"unfuse_params: '{where}' holds NaN or infinity in one of the trees. Repair it first."
         )
     noise = float(jnp.finfo(weight.dtype).eps) * float(jnp.max(jnp.abs(weight.astype(s.dtype))))
     floor = noise * (math.sqrt(shape[0]) + math.sqrt(shape[1]))

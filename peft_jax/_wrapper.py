@@ -38,13 +38,14 @@ class Wrapper(nn.Module, RuleSource):
             )
         wrapped, implicit = self.wrapped, self._placed_by_context()
         if wrapped.scope is not None and implicit:
-            if self.name is not None:
+            if self.name not in (None, wrapped.name):
                 raise ValueError(
                     f"{type(self).__name__}(name={self.name!r}) wraps a module that has a name "
                     f"already, {wrapped.name!r}, under which its parameters lie. Name the wrapped "
                     "module instead."
                 )
             object.__setattr__(self, "parent", wrapped.scope)
+            object.__setattr__(self, "name", wrapped.name or "wrapped")  # no child to be named
         # Flax would adopt `wrapped` as a child with a scope of its own: it must not see it.
         object.__setattr__(self, "wrapped", None)
         try:
