@@ -201,7 +201,7 @@ def unused_letter(used: str) -> str:
 
 
 def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Axes as a tuple of non-negative positions."""
+    """Axes as non-negative positions in rising order, in which Flax takes them too."""
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
     outside = [axis for axis in axes if not -ndim <= axis < ndim]
     if outside:
@@ -209,7 +209,7 @@ def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
             f"Axis {outside[0]} does not exist in an input of {ndim} axes. Name axes from "
             f"{-ndim} to {ndim - 1}."
         )
-    return tuple(axis % ndim for axis in axes)
+    return tuple(sorted(axis % ndim for axis in axes))
 
 
 def dense_general_equation(

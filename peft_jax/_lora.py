@@ -167,6 +167,8 @@ class LoRAWeight(_LoRAWrapper):
                 f"LoRAWeight.params is a list of names, got the string {self.params!r}. Write "
                 f"params=[{self.params!r}]."
             )
+        if self.params is not None and not self.params:
+            raise ValueError("LoRAWeight.params names nothing to adapt. Leave it out to adapt all.")
         super().__post_init__()
         if self.dropout:
             raise ValueError(

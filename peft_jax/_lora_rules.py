@@ -276,6 +276,7 @@ class LoRAWeightRule(Rule):
 
     def _check_used(self, call: Call) -> None:
         found = _kernels(call.module.variables.get("params", {}))
+        self._check_names(call, found)
         if call.module.is_initializing() and not any(adapted for _, adapted in found):
             raise ValueError(
                 f"LoRAWeight found nothing to adapt in {type(call.module).__name__} at "
@@ -283,6 +284,8 @@ class LoRAWeightRule(Rule):
                 f"{[path for path, _ in found]}. Wrap the module that reads the parameter, before "
                 "it is first used."
             )
+
+    def _check_names(self, call: Call, found: list[tuple[str, bool]]) -> None:
         base = call.module.scope.path
         for entry in self.params or ():
             paths = ["/".join((*base, path)) for path, _ in found]

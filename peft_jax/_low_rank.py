@@ -46,7 +46,8 @@ def _product(x: Array, weight: Array, equation: str, precision: Precision) -> Ar
     letters = _without_ellipsis(equation, x.ndim)
     _sizes(letters, x.shape, weight.shape)
     plain = (
-        not _is_contraction(letters)
+        _broadcasts(letters, x.shape, weight.shape)
+        or not _is_contraction(letters)
         or x.dtype != weight.dtype
         or _is_laid_out(x)
         or _is_laid_out(weight)
@@ -78,6 +79,14 @@ def _is_contraction(equation: str) -> bool:
     )
 
 
+def _broadcasts(equation: str, *shapes: tuple[int, ...]) -> bool:
+    """Whether an axis of length one meets a longer one, which `einsum` allows."""
+    left, right, _ = _terms(equation)
+    pairs = list(zip(left, shapes[0], strict=True)) + list(zip(right, shapes[1], strict=True))
+    lengths = {letter: {n for other, n in pairs if other == letter} for letter, _ in pairs}
+    return any(len(found) > 1 and 1 in found for found in lengths.values())
+
+
 def _is_laid_out(array: Array) -> bool:
     """Whether the array's type fixes its place on a mesh: explicit axes, and inside `shard_map`."""
     kinds = jax.typeof(array).sharding.mesh.axis_types
@@ -97,7 +106,8 @@ def _sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
         if len(term) != len(shape):
             raise ValueError(f"{equation}: the operand {term} has {len(shape)} axes, {shape}")
         for letter, length in zip(term, shape, strict=True):
-            if size.setdefault(letter, length) != length:
+            known = size.setdefault(letter, length)
+            if known != length and 1 not in (known, length):
                 raise ValueError(f"{equation}: {letter} is {size[letter]} and {length} in {shapes}")
     return size
 
@@ -129,6 +139,10 @@ def _contract(lhs: Array, rhs: Array, *, equation: str, precision: Precision) ->
 def _contract_on_cpu(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
     """The same, with neighbouring axes merged and the narrower operand first."""
     left, right, out = _terms(equation)
+    if set(left) & set(right) & set(out):
+        # XLA's CPU compiler (jaxlib 0.10.2) aborts the process on some batched products whose
+        # operands or result it lays out anew, so they stay as `einsum` has them.
+        return jnp.einsum(equation, lhs, rhs, precision=precision)
     size = _sizes(equation, lhs.shape, rhs.shape)
     shape = tuple(size[letter] for letter in out)
     while pair := _neighbours(equation):

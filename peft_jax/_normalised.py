@@ -17,7 +17,7 @@ from flax.core import Scope, meta
 from peft_jax._equation import LoraSpec
 from peft_jax._registry import Call
 from peft_jax._spec_box import traced_specs
-from peft_jax._stacked import spec_delta
+from peft_jax._stacked import adapter_shapes, spec_delta
 from peft_jax._state import mute_adapters
 from peft_jax._trees import Layer, Path, adapter_paths, map_layers
 
@@ -47,7 +47,7 @@ def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
     inside = layer.scope.path[depth:] if layer.scope.path[:depth] == norm.scope.path else ()
 
     def add_changes(variables: Any) -> Any:
-        return {**variables, "params": _at(variables["params"], inside, specs)}
+        return {**variables, "params": _at(variables["params"], inside, specs, layer.scope.path)}
 
     _refuse_missing(layer, specs)
     with mute_adapters():
@@ -102,20 +102,28 @@ def _store_adapters(scope: Scope, params: Any) -> None:
     map_layers(params, store)
 
 
-def _at(params: Any, path: Path, specs: dict[str, LoraSpec]) -> Any:
+def _at(params: Any, path: Path, specs: dict[str, LoraSpec], layer_path: Path) -> Any:
     """The tree with the adapters below ``path`` added to their weights."""
     if path:
         head, *rest = path
         if head not in params:
             return params
-        return {**params, head: _at(params[head], tuple(rest), specs)}
+        return {**params, head: _at(params[head], tuple(rest), specs, layer_path)}
 
     def add(path: Path, layer: Layer, adapters: Layer) -> Layer:
         for name, adapter in adapters.items():
             spec = specs["/".join((*path, name))]
             assert spec.param is not None
             kernel = meta.unbox(layer[spec.param])
-            change = spec_delta(meta.unbox(adapter["a"]), meta.unbox(adapter["b"]), spec)
+            a, b = meta.unbox(adapter["a"]), meta.unbox(adapter["b"])
+            if not spec.stack_axes and (a.shape, b.shape) != adapter_shapes(spec, kernel.shape):
+                raise ValueError(
+                    f"The adapter at '{'/'.join((*layer_path, *path, name))}' has arrays of shape {a.shape} and "
+                    f"{b.shape}; rank {spec.rank} on this layer needs "
+                    f"{adapter_shapes(spec, kernel.shape)}. Use the rank and the layer that the "
+                    "parameters were made for."
+                )
+            change = spec_delta(a, b, spec)
             total = (kernel.astype(change.dtype) + change).astype(kernel.dtype)
             layer[spec.param] = meta.replace_boxed(layer[spec.param], total)
         return layer

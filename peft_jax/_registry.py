@@ -162,7 +162,9 @@ def register_layer(
             f"register_layer({module_type.__name__}) needs the layer's equation, such as "
             "'...i,io->...o', or a function that returns it."
         )
-    if isinstance(equation, str):
+    if not isinstance(param, str):
+        raise ValueError(f"register_layer: param is the name of a parameter, got {param!r}.")
+    if not callable(equation):
         parse_equation(equation)
     read_equation = equation if callable(equation) else lambda module, *args, **kwargs: equation
     read_input = input if callable(input) else _argument_reader(module_type, input)

@@ -28,6 +28,16 @@ def stack_back(array: Array, axes: tuple[int, ...]) -> Array:
     return array
 
 
+def adapter_shapes(spec: LoraSpec, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of `a` and `b` for a kernel of this shape, stack axes in front (see `stack_first`)."""
+    a, b, letters = spec.letters
+    stack = len(kernel) - len(letters)
+    sizes = dict(zip(letters, kernel[stack:], strict=True))
+    return tuple(
+        kernel[:stack] + tuple(sizes.get(letter, spec.rank) for letter in term) for term in (a, b)
+    )
+
+
 def spec_delta(a: Array, b: Array, spec: LoraSpec) -> Array:
     """What an adapter adds to its kernel, stacked as the kernel is; see `delta`."""
     a, b = stack_first(a, spec.stack_axes), stack_first(b, spec.stack_axes)

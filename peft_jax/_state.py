@@ -76,7 +76,7 @@ class State:
             # Flax checks `setup` under a lift on a scope without variables or keys.
             return dataclasses.replace(self, frame=frame, entries=(), local=(), extents=())
         if root.debug_path or root == self.root:  # inside a lift, the root's path names it
-            return dataclasses.replace(self, frame=frame)
+            return dataclasses.replace(self, frame=frame, root=self.root or root)
         outer = _running_root()
         if self.root is None and (outer is None or outer == root or module.name is None):
             _ROOT.set(weakref.ref(root))

@@ -214,6 +214,12 @@ def _factors(
             f"{new.shape} in fused; the spec's equation is '{spec.equation}' (stack axes "
             f"{spec.stack_axes}). Give the specs and the trees of one model."
         )
+    for tree, value in (("the original", old), ("fused", new)):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"unfuse_params: '{slashed(where)}' is {value.dtype} in {tree}; adapters are "
+                "recovered from floating-point weights. Dequantize them first."
+            )
     if spec.scaling == 0:
         raise ValueError(f"unfuse_params: a scaling of 0 at '{slashed(path)}' has no inverse.")
     dtype = widest(old.dtype)
