@@ -118,8 +118,8 @@ def _at(params: Any, path: Path, specs: dict[str, LoraSpec], layer_path: Path) -
             a, b = meta.unbox(adapter["a"]), meta.unbox(adapter["b"])
             if not spec.stack_axes and (a.shape, b.shape) != adapter_shapes(spec, kernel.shape):
                 raise ValueError(
-                    f"The adapter at '{'/'.join((*layer_path, *path, name))}' has arrays of shape {a.shape} and "
-                    f"{b.shape}; rank {spec.rank} on this layer needs "
+                    f"The adapter at '{'/'.join((*layer_path, *path, name))}' has arrays of shape "
+                    f"{a.shape} and {b.shape}; rank {spec.rank} on this layer needs "
                     f"{adapter_shapes(spec, kernel.shape)}. Use the rank and the layer that the "
                     "parameters were made for."
                 )

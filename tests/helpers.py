@@ -1,0 +1,245 @@
+"""What several test files share: arrays, and the properties that every adapted model has."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+import peft_jax as peft
+
+RANK = 2
+WRAPPERS = {
+    nn.Dense: peft.LoRADense,
+    nn.Einsum: peft.LoRAEinsum,
+    nn.DenseGeneral: peft.LoRADenseGeneral,
+    nn.Conv: peft.LoRAConv,
+    nn.ConvTranspose: peft.LoRAConv,
+    nn.Embed: peft.LoRAEmbed,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapt:
+    """A rule that adapts the layers of the given types, each by the wrapper made for it."""
+
+    types: tuple[type[nn.Module], ...] = tuple(WRAPPERS)
+    rank: int = RANK
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __call__(self, module):
+        if type(module) not in self.types:
+            return module
+        wrapper = WRAPPERS[type(module)]
+        return wrapper(rank=self.rank, alpha=self.alpha, dropout=self.dropout, wrapped=module)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptWeights:
+    """A rule that adapts modules of the given types at their weights."""
+
+    types: tuple[type[nn.Module], ...]
+    params: tuple[str, ...] | None = None
+    rank: int = RANK
+    alpha: float | None = None
+
+    def __call__(self, module):
+        if type(module) not in self.types:
+            return module
+        return peft.LoRAWeight(rank=self.rank, alpha=self.alpha, params=self.params, wrapped=module)
+
+
+def numbers(*shape, seed=0):
+    """An array of normal numbers in float32."""
+    draw = np.random.default_rng((*shape, seed)).normal(size=shape)
+    return jnp.asarray(draw, jnp.float32)
+
+
+def shapes(tree):
+    return jax.tree.map(jnp.shape, tree)
+
+
+def intercepting(rule):
+    """The context in which a rule is active; none for None."""
+    return contextlib.nullcontext() if rule is None else peft.ModuleInterceptor(rule)
+
+
+# Whole models are compiled here for one run each: at the lowest level, and with keys whose numbers
+# take little code, a program compiles three times as fast.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def key_of(seed):
+    return jax.random.key(seed, impl="rbg")
+
+
+def scattered(size, seed):
+    """Numbers between -1 and 1 without a pattern; a program needs no random numbers for them."""
+    return np.sin(np.arange(1, size + 1, dtype=np.float32) * np.float32(1.7 + 0.1 * seed) + seed)
+
+
+def randomised(lora, seed=0):
+    """Adapters of the same shapes and dtypes, with scattered numbers in ``a`` and ``b``."""
+    leaves, tree = jax.tree.flatten(lora)
+    drawn = [
+        jnp.asarray(scattered(leaf.size, seed + i).reshape(leaf.shape), leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Each array differs by at most ``tolerance`` of the largest number expected in it."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+    def compare(path, actual, expected):
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert np.all(np.isfinite(actual)), f"not finite at {jax.tree_util.keystr(path)}"
+        error = np.max(np.abs(actual - expected), initial=0)
+        scale = np.max(np.abs(expected), initial=1e-30)
+        assert error <= tolerance * scale, (
+            f"{jax.tree_util.keystr(path)}: off by {error} where the largest number is {scale}"
+        )
+
+    jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+def loss_of(outputs):
+    """A number to which every place of every output contributes with a factor of its own."""
+
+    def weigh(output):
+        factors = jnp.asarray(scattered(output.size, 0.5).reshape(output.shape))
+        return jnp.sum(output.astype(jnp.float32) * factors)
+
+    return sum(weigh(leaf) for leaf in jax.tree.leaves(outputs))
+
+
+def initialise(model, *inputs, rule=None, seed=0, **kwargs):
+    """The variables of a model; compiled, so that its outputs are not computed."""
+    with intercepting(rule):
+        return jax.jit(lambda: model.init(key_of(seed), *inputs, **kwargs))()
+
+
+def adapter_leaves(specs, lora):
+    """The arrays of each adapter, by its slashed path."""
+
+    def at(path):
+        branch = lora
+        for part in path.split("/"):
+            branch = branch[part]
+        return meta.unbox(branch)
+
+    return {path: at(path) for path in specs}
+
+
+def expected_kernel(kernel, adapter, equation, scaling=1.0):
+    """``W + scaling * a·b``, computed by numpy in float64."""
+    kernel, a, b = (np.asarray(array, np.float64) for array in (kernel, adapter["a"], adapter["b"]))
+    return kernel + scaling * np.einsum(equation, a, b)
+
+
+class Adapted(NamedTuple):
+    """What `check_adapts` found: initial parameters, specs, and what came of random adapters."""
+
+    params: Any
+    specs: dict[str, peft.LoraSpec]
+    random: Any
+    fused: Any
+    output: Any
+
+
+def check_adapts(
+    model, rule, *inputs, plain=None, rngs=None, method=None, compare_gradients=True, **kwargs
+):
+    """Checks what must hold for every adapted model, in one compiled program.
+
+    The base starts as in the plain model, and so does the output. With random adapters, output and
+    gradients are those of the plain model on fused weights, and every array of every adapter has a
+    gradient.
+
+    Args:
+      model: the model; ``rule`` adapts it, or None where it is written with adapters.
+      rule: from modules to modules.
+      *inputs: arrays, or anything else that is passed as it is.
+      plain: the model without adapters, where ``model`` is written with them.
+      rngs: of each call, besides that of the parameters.
+      method: the method to run.
+      compare_gradients: whether gradients are compared with those through the fused weights.
+      **kwargs: passed as they are.
+    """
+    plain = model if plain is None else plain
+    is_array = [isinstance(value, jax.Array) for value in inputs]
+    arrays = [value for value, array in zip(inputs, is_array, strict=True) if array]
+    rngs = {} if rngs is None else rngs
+    with intercepting(rule):
+        specs = peft.lora_specs(
+            model, *inputs, method=method, rngs={"params": key_of(0), **rngs}, **kwargs
+        )
+    assert specs, "nothing was adapted"
+
+    def everything(key, arrays):
+        given = iter(arrays)
+        args = [
+            next(given) if array else value for value, array in zip(inputs, is_array, strict=True)
+        ]
+
+        def init(model):
+            return dict(model.init({"params": key, **rngs}, *args, method=method, **kwargs))
+
+        def run(model, params):
+            return model.apply(
+                {**others, "params": params}, *args, method=method, rngs=rngs, **kwargs
+            )
+
+        others = init(plain)
+        base = others.pop("params")
+        before = run(plain, base)
+        with intercepting(rule):
+            params = init(model)["params"]
+            start = run(model, params)
+        kept, lora = peft.split_params(params)
+        random = randomised(lora)
+
+        def adapted(lora):
+            with intercepting(rule):
+                output = run(model, peft.merge_params(kept, lora))
+            return loss_of(output), output
+
+        def on_fused(lora):
+            fused = peft.fuse_params(peft.merge_params(kept, lora), specs=specs)
+            output = run(plain, fused)
+            return loss_of(output), (output, fused)
+
+        (_, output), gradient = jax.value_and_grad(adapted, has_aux=True)(random)
+        if compare_gradients:
+            through_fusion = jax.value_and_grad(on_fused, has_aux=True)
+            (_, (expected, fused)), fused_gradient = through_fusion(random)
+        else:
+            (_, (expected, fused)), fused_gradient = on_fused(random), None
+        return (
+            Adapted(params, {}, random, fused, output),
+            (base, kept, before, start),
+            (gradient, expected, fused_gradient),
+        )
+
+    found, (base, kept, before, start), (gradient, expected, fused_gradient) = compiled(everything)(
+        key_of(0), arrays
+    )
+    chex.assert_trees_all_equal(base, kept)
+    chex.assert_trees_all_equal(before, start)
+    for path, leaf in jax.tree.leaves_with_path(gradient):
+        assert np.any(np.asarray(leaf) != 0), f"no gradient at {jax.tree_util.keystr(path)}"
+    assert_close(found.output, expected)
+    if compare_gradients:
+        assert_close(gradient, fused_gradient)
+    assert jax.tree.structure(found.fused) == jax.tree.structure(base)
+    for path, arrays_of in adapter_leaves(specs, found.random).items():
+        assert set(arrays_of) == {"a", "b"}, path
+    return found._replace(specs=specs)

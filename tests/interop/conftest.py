@@ -1,0 +1,8 @@
+"""Peers do not keep to strict promotion, so their tests run with JAX's own rules."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def peers_promotion(relaxed_promotion):
+    """Applies `relaxed_promotion` to every test in this folder."""

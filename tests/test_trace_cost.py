@@ -1,0 +1,108 @@
+"""What LoRA adds to the time of tracing, counted in calls: clocks of shared machines differ."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import peft_jax as peft
+
+
+class Block(nn.Module):
+    """Attention of four projections and a two-layer MLP, each behind a norm."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm()(x)
+        q, k, v = (nn.Dense(16, name=name)(y).reshape(1, 4, 2, 8) for name in "qkv")
+        y = nn.dot_product_attention(q, k, v).reshape(x.shape)
+        x = x + nn.Dense(16, name="o")(y)
+        return x + nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(x))))
+
+
+class Transformer(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 16)(tokens)
+        for _ in range(self.layers):
+            x = Block()(x)
+        return nn.Dense(11)(nn.LayerNorm()(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapt:
+    def __call__(self, module):
+        return peft.LoRADense(rank=2, wrapped=module) if type(module) is nn.Dense else module
+
+
+def calls_of(function):
+    """How many functions, of Python and of C, are called."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def traces(model, lora):
+    """Traces the forward pass; a new function each time, so that jax's caches never answer."""
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    run = lambda: jax.make_jaxpr(lambda *args: model.apply(*args))(params, tokens)  # noqa: E731
+    if not lora:
+        return run
+    with peft.ModuleInterceptor(Adapt()):
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+    def adapted():
+        with peft.ModuleInterceptor(Adapt()):
+            return run()
+
+    return adapted
+
+
+def cost(layers, lora):
+    trace = traces(Transformer(layers), lora)
+    trace()  # fills the caches that the process keeps: parsed equations, jax's own
+    return calls_of(trace)
+
+
+def test_tracing_under_lora_takes_at_most_twice_the_calls():
+    plain, lora = cost(24, lora=False), cost(24, lora=True)
+    assert plain > 100_000
+    assert lora <= 2 * plain, f"{lora} calls, {lora / plain:.2f} times the plain {plain}"
+
+
+def test_the_cost_of_tracing_grows_with_the_number_of_layers_alone():
+    few, many = (cost(layers, lora=True) for layers in (1, 6))
+    per_layer = cost(2, lora=True) - few
+    assert many - few == pytest.approx(5 * per_layer, rel=0.05)
+
+
+def test_no_python_runs_once_a_step_is_compiled():
+    model, tokens = Transformer(1), jnp.zeros((1, 4), jnp.int32)
+    with peft.ModuleInterceptor(Adapt()):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    step = jax.jit(model.apply)
+
+    def run():
+        with peft.ModuleInterceptor(Adapt()):
+            step(params, tokens)
+
+    run()
+    assert calls_of(run) < 1000
