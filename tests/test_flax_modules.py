@@ -93,7 +93,7 @@ CELLS = {
 
 @pytest.mark.parametrize(("cell", "rule", "kernels"), CELLS.values(), ids=CELLS)
 def test_recurrent_cells(cell, rule, kernels):
-    found = check_adapts(nn.RNN(cell), rule, numbers(2, 4, 3))
+    found = check_adapts(nn.RNN(cell), rule, numbers(2, 4, 3), compare_gradients=False)
     assert len(found.specs) == kernels
     assert all(path.startswith("cell/") for path in found.specs)
 

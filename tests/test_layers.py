@@ -298,7 +298,13 @@ def apply(model, params, case, rule=None, **kwargs):
 
 @every_case
 def test_layout_identity_gradients_and_fusion(case):
-    found = check_adapts(case.layer, Adapt(alpha=3), *case.inputs, method=case.method)
+    found = check_adapts(
+        case.layer,
+        Adapt(alpha=3),
+        *case.inputs,
+        method=case.method,
+        compare_gradients=case in KINDS.values(),
+    )
     assert found.params["lora"].keys() == {"a", "b"}
     assert found.params["lora"]["a"].shape == case.a
     assert found.params["lora"]["b"].shape == case.b
@@ -384,7 +390,7 @@ def test_a_wrapper_inside_a_model(case):
             return *(run(layer, *args) for layer in layers), Setup(self.rank)(*args)
 
     plain, model = (Model(rank, make(rank)) for rank in (None, RANK))
-    found = check_adapts(model, None, *case.inputs, plain=plain)
+    found = check_adapts(model, None, *case.inputs, plain=plain, compare_gradients=False)
     assert len(found.specs) == 4
     with peft.ModuleInterceptor(Adapt()):
         assert peft.lora_specs(plain, *case.inputs) == found.specs

@@ -121,7 +121,7 @@ def test_modules_at_their_weights(module, x, adapters, by_hand):
         model, rule = peft.LoRAWeight(rank=RANK, alpha=3, wrapped=module), None
     else:
         model, rule = module, AdaptWeights((type(module),), alpha=3)
-    found = check_adapts(model, rule, x, plain=module, compare_gradients=by_hand)
+    found = check_adapts(model, rule, x, plain=module, compare_gradients=False)
     assert {path: spec.param for path, spec in found.specs.items()} == adapters
     assert {spec.scaling for spec in found.specs.values()} == {1.5}
 
