@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft_jax._equation import (
     EMBED,
     LoraSpec,
     LowRank,
+    as_tuple,
     conv_equation,
     dense_general_equation,
     parse_equation,
@@ -39,7 +41,7 @@ def check_settings(owner: str, rank: Any, alpha: Any, dropout: Any) -> None:
     """
     if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
         raise ValueError(f"{owner}.rank is a positive integer, got {rank!r}.")
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
     if alpha is not None and not (is_number and math.isfinite(alpha)):
         raise ValueError(
             f"{owner}.alpha is a finite number, or None for a scaling of 1, got {alpha!r}."
@@ -244,12 +246,12 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
 
     features: int | Sequence[int]
     axis: int | Sequence[int] = -1
-    batch_dims: Sequence[int] = ()
+    batch_dims: int | Sequence[int] = ()
 
     @nn.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps the input to an output of ``nn.DenseGeneral``."""
-        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        features = as_tuple(self.features)
         equation = dense_general_equation(inputs.ndim, self.axis, self.batch_dims, len(features))
         layer = parse_equation(equation)
         sizes = dict(zip(layer.inputs, inputs.shape, strict=True))
@@ -282,7 +284,7 @@ class LoRAConvAdapter(LoRAAdapter):
     def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps ``(*batch, *places, in)`` to ``(*batch, *places, out)``."""
         groups = self.feature_group_count
-        window = (self.kernel_size,) if isinstance(self.kernel_size, int) else self.kernel_size
+        window = as_tuple(self.kernel_size)
         shape = (*window, inputs.shape[-1] // groups, self.features)
         a, b, _ = self.arrays(conv_equation(len(window)), shape)
         x, a, b = promote_dtype(self.dropped(inputs, deterministic), a, b, dtype=self.dtype)

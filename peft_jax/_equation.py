@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import operator
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 ELLIPSIS = "..."
@@ -200,9 +201,14 @@ def unused_letter(used: str) -> str:
     raise ValueError(f"The equation {used!r} uses every letter; none is left for the rank.")
 
 
+def as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    """One number or several, as a tuple."""
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
 def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Axes as non-negative positions in rising order, in which Flax takes them too."""
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = as_tuple(axes)
     outside = [axis for axis in axes if not -ndim <= axis < ndim]
     if outside:
         raise ValueError(
@@ -213,13 +219,13 @@ def normalize_axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def dense_general_equation(
-    ndim: int, axis: int | Sequence[int], batch_dims: Sequence[int], features: int
+    ndim: int, axis: int | Sequence[int], batch_dims: int | Sequence[int], features: int
 ) -> str:
     """The equation of ``nn.DenseGeneral``: ``ndim`` input axes, ``features`` new output axes.
 
     ``lax.dot_general`` puts batch axes first, then the input's free axes, then the features.
     """
-    axis, batch = normalize_axes(axis, ndim), normalize_axes(tuple(batch_dims), ndim)
+    axis, batch = normalize_axes(axis, ndim), normalize_axes(batch_dims, ndim)
     if ndim + features > len(string.ascii_letters) - 1:
         raise ValueError(f"{ndim} input axes and {features} feature axes exceed the alphabet.")
     letters = string.ascii_letters.replace("r", "")
@@ -259,7 +265,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +312,9 @@ class LoraSpec:
                     "or None, variant 'lora', stack_axes integers."
                 )
         object.__setattr__(self, "rank", operator.index(self.rank))
+        object.__setattr__(self, "scaling", float(self.scaling))
+        if self.alpha is not None and not isinstance(self.alpha, int):
+            object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
         self.letters  # noqa: B018  (checks the equation)
         if axes and ELLIPSIS not in self.equation:

@@ -162,6 +162,13 @@ def _make(
 ) -> Any:
     """The adapter of one parameter, in the scope of the module that holds the parameter."""
     scope = call.module.scope
+    if any(part.startswith("map_variables(") for part in scope.debug_path):
+        raise ValueError(
+            f"The layer at '{call.path}' runs inside `nn.map_variables` (or a wrapper is written "
+            "inside nn.WeightNorm or nn.SpectralNorm), where parameters are not those that are "
+            "stored, so that fused weights would give other answers. Leave it out of the rule; "
+            "for layers under a norm, use `peft.ModuleInterceptor` in place of the wrapper."
+        )
     name = adapter_name(call.module, param)
     taken = scope.get_variable("params", name)
     if taken is not None and not is_adapter(name, taken):
@@ -187,8 +194,8 @@ def _refuse_another_equation(call: Call, layer: Layer) -> None:
     if _pattern(before) != _pattern(delta):
         raise ValueError(
             f"The layer at '{call.path}' is called with equations whose changes of the kernel "
-            f"differ ('{before}', then '{delta}'): one adapter cannot serve both. Adapt it at the "
-            "weight, by `peft.LoRAWeight`."
+            f"differ ('{before}', then '{delta}'): one adapter cannot serve both. Leave it out of "
+            "the rule, or give each use a layer of its own."
         )
 
 
@@ -201,6 +208,7 @@ def _with_delta(settings: Settings, call: Call, name: str, value: Any, layer: An
     """``W + scaling * a·b`` in the dtype of ``W``."""
     shape = jnp.shape(value)
     if layer is not None and layer.param == name:
+        _refuse_another_equation(call, layer)
         equation, batch_in_b = layer.equation(call), layer.kind in _BATCH_IN_B
     else:
         equation, batch_in_b = weight_equation(len(shape)), False

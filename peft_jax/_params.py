@@ -213,7 +213,7 @@ def adapter_change(
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(
             f"The weight at '{slashed((*path[:-1], spec.param))}' is stored as {kernel.dtype}; an "
-            "adapter is fused into floating-point weights. Dequantize it first."
+            "adapter is fused into floating-point weights. Dequantize stored integers first."
         )
     a, b = meta.unbox(adapter["a"]), meta.unbox(adapter["b"])
     try:

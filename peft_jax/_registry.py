@@ -12,6 +12,7 @@ from flax import linen as nn
 from peft_jax._equation import (
     DENSE,
     EMBED,
+    as_tuple,
     conv_equation,
     dense_general_equation,
     parse_equation,
@@ -195,10 +196,6 @@ def _argument_reader(module_type: type[nn.Module], name: str | None) -> Callable
     return read
 
 
-def _features(module: nn.DenseGeneral) -> int:
-    return 1 if isinstance(module.features, int) else len(module.features)
-
-
 def _einsum_equation(call: Call) -> str:
     given = call.argument(1, "einsum_str")
     declared = call.module.einsum_str
@@ -225,8 +222,8 @@ _LAYERS.update(
             lambda call: dense_general_equation(
                 call.argument(0, "inputs").ndim,
                 call.module.axis,
-                tuple(call.module.batch_dims),
-                _features(call.module),
+                call.module.batch_dims,
+                len(as_tuple(call.module.features)),
             ),
         ),
         nn.Conv: Layer(
@@ -252,7 +249,7 @@ _LAYERS.update(
 
 
 def _window(module: nn.Conv | nn.ConvTranspose) -> int:
-    return 1 if isinstance(module.kernel_size, int) else len(module.kernel_size)
+    return len(as_tuple(module.kernel_size))
 
 
 def _transposed_conv_equation(window: int) -> str:

@@ -307,3 +307,22 @@ def test_nothing_is_half_done_after_an_error():
         raise RuntimeError("on purpose")
     assert jnp.array_equal(Model().apply({"params": params}, X), before)
     assert jax.tree.structure(initialise(Model(), X)["params"]) == jax.tree.structure(params)
+
+
+def twice(variables):
+    return jax.tree.map(lambda leaf: 2 * leaf, variables)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.WeightNorm(peft.LoRADense(rank=2, wrapped=nn.Dense(4))),
+        nn.map_variables(peft.LoRADense, "params", trans_in_fn=twice, init=True)(
+            rank=2, wrapped=nn.Dense(4)
+        ),
+    ],
+    ids=["a wrapper under a norm", "parameters that are mapped"],
+)
+def test_adapters_where_parameters_are_not_those_that_are_stored(layer):
+    with pytest.raises(ValueError, match=r"nn\.map_variables.*ModuleInterceptor"):
+        layer.init(jax.random.key(0), X)

@@ -263,7 +263,7 @@ def test_one_adapter_serves_one_layout():
             layer = nn.Einsum((4, 4, 4), name="layer", use_bias=False)
             return layer(x, "btd,dnh->btnh"), layer(x, "btd,ndh->btnh")
 
-    with pytest.raises(ValueError, match=r"layer.*LoRAWeight"):
+    with pytest.raises(ValueError, match=r"layer.*one adapter cannot serve both"):
         initialise(Model(), X, rule=adapt(nn.Einsum))
 
     class Same(nn.Module):
