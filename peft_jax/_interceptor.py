@@ -88,7 +88,7 @@ class ModuleInterceptor(Interceptor):
 
     ``replace_fn`` is called once for each bound module, when its first method runs, and returns the
     module itself or what shall run in its place: a wrapper of this library around it, or any
-    module with the same methods.
+    module with the same methods, which takes over the module's scope and so its parameters' paths.
 
     Example::
 
@@ -121,7 +121,8 @@ class ModuleInterceptor(Interceptor):
     replace_fn: Callable[[nn.Module], nn.Module]
 
     def __post_init__(self) -> None:
-        if not callable(self.replace_fn):
+        rule = self.replace_fn
+        if not callable(rule) or isinstance(rule, nn.Module | type):
             raise ValueError(
                 "ModuleInterceptor takes a function from modules to modules, got "
                 f"{self.replace_fn!r}."
@@ -147,7 +148,7 @@ def call_wrapped(
             "module, or use `.init` and `.apply`."
         )
     state = current()
-    local = Local(module.scope.path, layer_type(module), rules)
+    local = Local(module.scope.path, layer_type(module), rules, state.frame)
     with (
         using(dataclasses.replace(state, local=(*state.local, local))),
         nn.intercept_methods(_hook),
@@ -296,10 +297,10 @@ def _replacement(
 
 
 class _Host(nn.Module, Untouched):
-    """The parent of what a rule makes, in the scope of the module that the rule is given.
+    """Where a rule runs: modules that it makes wait to be bound, as they do in any ``setup``.
 
-    The module itself cannot be it: it may be past its setup, and a child that holds its parent has
-    a `repr` without end.
+    Flax would have the module itself for their parent; but it may be past its setup, and a child
+    that holds its parent has a `repr` without end.
     """
 
     make: Callable[[], Any]
@@ -310,12 +311,7 @@ class _Host(nn.Module, Untouched):
         return False
 
     def setup(self) -> None:
-        made = self.make()
-        name = f"{type(made).__name__}_0"
-        if isinstance(made, nn.Module) and made.scope is None and made.name is None:
-            setattr(self, name, made)
-            made = getattr(self, name)
-        self.made = _Opaque(made)
+        self.made = _Opaque(self.make())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +325,10 @@ def _made(interceptor: ModuleInterceptor, call: Call) -> Any:
     """What the rule makes of the module."""
     module = call.module
     host = _Host(lambda: interceptor.replace_fn(module), parent=module.scope, name="host")
-    return host.made.content
+    made = host.made.content
+    if isinstance(made, nn.Module) and made.scope is None:
+        made = made.clone(parent=module.scope, name=module.name or "replacement")
+    return made
 
 
 def _refuse_clashes(call: Call, rules: list[Rule]) -> None:
@@ -339,7 +338,8 @@ def _refuse_clashes(call: Call, rules: list[Rule]) -> None:
         raise ValueError(
             f"A layer carries one rule of each name, but '{call.path}' "
             f"({type(call.module).__name__}) gets {names.count(twice[0])} named {twice[0]!r}: "
-            f"{[type(rule).__name__ for rule in rules]}. Remove a wrapper or an interceptor."
+            f"{[type(rule).__name__ for rule in rules]}. Remove a wrapper or an interceptor (a "
+            "LoRAWeight covers the modules inside the one it wraps)."
         )
 
 

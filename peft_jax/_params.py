@@ -43,7 +43,8 @@ def split_params(params: Any) -> SplitParams:
 
     Args:
       params: nested dicts, FrozenDicts, lists and tuples, with adapters (``lora/{a,b}``) in them. A
-        user's own module or leaf named ``lora`` is not an adapter: it stays in the base.
+        user's own module or leaf named ``lora`` is not an adapter and stays in the base, unless it
+        holds just two arrays ``a`` and ``b`` that share a rank: then nothing tells it apart.
 
     Returns:
       ``(original, lora)``; in ``lora`` only the branches that lead to adapters.
@@ -180,7 +181,9 @@ def check_specs(params: Any, specs: Specs | None, caller: str) -> None:
     ):
         raise ValueError(
             f"{caller}: specs map the slashed path of each adapter to its LoraSpec, got "
-            f"{type(specs).__name__}. `peft.lora_specs(model, *inputs)` makes them."
+            f"{specs!r:.200}. "
+            "`peft.lora_specs(model, *inputs)` makes them; those kept as plain data come back by "
+            "`peft.LoraSpec.from_dict`."
         )
     there = set(adapter_paths(params))
     needed = {path for path, spec in specs.items() if spec.param is not None}
@@ -188,9 +191,19 @@ def check_specs(params: Any, specs: Specs | None, caller: str) -> None:
     if missing or surplus:
         raise ValueError(
             f"{caller}: specs and parameters are of different models. Adapters without a spec: "
-            f"{missing}; specs without an adapter: {surplus}. Take the specs from "
-            "`peft.lora_specs` of the model that made the parameters."
+            f"{missing}; specs without an adapter: {surplus}. {_hint(params, there, specs)}"
         )
+
+
+def _hint(params: Any, adapters: set[str], specs: Specs) -> str:
+    """What most likely went wrong, and the remedy."""
+    if isinstance(params, Mapping) and set(params) == {"params"}:
+        return "Pass variables['params'], without the name of the collection."
+    if not adapters:
+        return "The tree holds no adapters: it is the base alone, or fused already."
+    if not specs:
+        return "The specs are empty: call `peft.lora_specs` inside the interceptor."
+    return "Take the specs from `peft.lora_specs` of the model that made the parameters."
 
 
 def adapter_change(

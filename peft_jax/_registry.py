@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from peft_jax._equation import (
     DENSE,
@@ -64,7 +65,7 @@ class Layer:
     equation: Callable[[Call], str]
     input: Callable[[Call], Any] = lambda call: call.argument(0, "inputs")
     methods: tuple[str, ...] = ("__call__",)
-    beside: Callable[[Call], bool] = lambda call: True
+    beside: Callable[[Call], bool] = lambda call: _is_plain(call.module)
     check: Callable[[Any], None] = lambda module: None
 
 
@@ -196,6 +197,20 @@ def _argument_reader(module_type: type[nn.Module], name: str | None) -> Callable
     return read
 
 
+def _is_plain(module: Any) -> bool:
+    """Whether the module computes its product by Flax's own functions, not by injected ones."""
+    injected = (
+        "dot_general",
+        "dot_general_cls",
+        "conv_general_dilated",
+        "conv_general_dilated_cls",
+    )
+    return (
+        all(getattr(module, field, None) is None for field in injected)
+        and getattr(module, "promote_dtype", promote_dtype) is promote_dtype
+    )
+
+
 def _einsum_equation(call: Call) -> str:
     given = call.argument(1, "einsum_str")
     declared = call.module.einsum_str
@@ -231,7 +246,7 @@ _LAYERS.update(
             "conv",
             lambda call: conv_equation(_window(call.module)),
             # A mask multiplies the kernel, and so the change of the kernel too.
-            beside=lambda call: call.module.mask is None,
+            beside=lambda call: call.module.mask is None and _is_plain(call.module),
         ),
         nn.ConvTranspose: Layer(
             "kernel",
@@ -241,7 +256,11 @@ _LAYERS.update(
                 if not call.module.transpose_kernel
                 else _transposed_conv_equation(_window(call.module))
             ),
-            beside=lambda call: call.module.mask is None and not call.module.transpose_kernel,
+            beside=lambda call: (
+                call.module.mask is None
+                and not call.module.transpose_kernel
+                and _is_plain(call.module)
+            ),
         ),
         nn.Embed: Layer("embedding", "embed", lambda call: EMBED, methods=("__call__", "attend")),
     }

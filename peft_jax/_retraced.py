@@ -39,7 +39,8 @@ def warn_of_rebuilt_rule(rule: Callable[..., Any], call: Call) -> None:
         function = function.func
     code = getattr(function, "__code__", None)
     inputs = jax.tree.leaves((call.args, dict(call.kwargs)))
-    if code is None or not any(isinstance(leaf, jax.core.Tracer) for leaf in inputs):
+    traced = [*inputs, *jax.tree.leaves(call.module.variables)]
+    if code is None or not any(isinstance(leaf, jax.core.Tracer) for leaf in traced):
         return
     shapes = tuple(getattr(leaf, "shape", None) for leaf in inputs)
     seen = _SEEN.setdefault(code, {}).setdefault((type(call.module), call.method, shapes), _Seen())

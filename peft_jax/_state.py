@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.core import Scope
 
 from peft_jax._rules import ADAPTER, Rule
+from peft_jax._trees import adapter_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Local:
     path: tuple[str, ...]
     type: type[nn.Module]
     rules: tuple[Rule, ...]
+    frame: object | None = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +80,18 @@ class State:
         if root.debug_path or root == self.root:  # inside a lift, the root's path names it
             return dataclasses.replace(self, frame=frame, root=self.root or root)
         outer = _running_root()
-        if self.root is None and (outer is None or outer == root or module.name is None):
+        if self.root is None and (outer in (None, root) or not _is_part(module)):
             _ROOT.set(weakref.ref(root))
             return dataclasses.replace(self, frame=frame, root=root)
         # Another apply inside a module's call (or inside a function that `apply` was given as its
-        # method, where a submodule is told by its name), on parameters of its own making: no
-        # target, but for interceptors that stand right around it.
+        # method), on parameters of its own making: no target, but for what stands right around it.
         entries = tuple(
             entry
             for entry in self.entries
             if entry.frame is self.frame and (self.root is not None or entry.running == outer)
         )
-        return State(entries=entries, frame=frame, root=root, running=self.running)
+        local = tuple(local for local in self.local if local.frame is self.frame)
+        return State(entries=entries, local=local, frame=frame, root=root, running=self.running)
 
     def skips(self, interceptor: Hashable) -> bool:
         """Whether a replacement that the interceptor made is running.
@@ -153,6 +155,16 @@ def _running_root() -> Scope | None:
     reference = _ROOT.get()
     root = None if reference is None else reference()
     return None if root is None or root.invalid else root
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether a root module is a part of another that is applied to parameters of its own making.
+
+    Flax names parts, not whole models; a whole model that has a name comes with its adapters.
+    """
+    if module.name is None or module.is_initializing():
+        return False
+    return not adapter_paths(module.variables.get("params", {}))
 
 
 def current() -> State:
