@@ -757,3 +757,41 @@ def test_partitioned_parameters_stay_partitioned():
         assert_same(
             model.apply({"params": params}, X), model.apply({"params": meta.unbox(params)}, X)
         )
+
+
+# --- Replacements take over the place of the module ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda module: module.clone(features=5),
+        lambda module: module.copy(features=5),
+        lambda module: nn.Dense(5),
+        lambda module: peft.LoRADense(rank=2, wrapped=nn.Dense(5)),
+    ],
+    ids=["clone", "copy", "another layer", "a wrapper of another layer"],
+)
+def test_a_replacement_has_the_paths_of_the_module(changed):
+    def rule(module):
+        is_wanted = type(module) is nn.Dense and module.features == 3
+        return changed(module) if is_wanted else module
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="dense")(x)
+
+    with peft.ModuleInterceptor(rule):
+        params = Model().init(KEY, X)["params"]
+        assert Model().apply({"params": params}, X).shape == (*X.shape[:-1], 5)
+    assert set(params) == {"dense"}
+    assert params["dense"]["kernel"].shape == (X.shape[-1], 5)
+
+
+@pytest.mark.parametrize(
+    "rule", [Adapt, peft.LoRADense(rank=2, wrapped=nn.Dense(3)), None], ids=repr
+)
+def test_a_rule_is_a_function_from_modules_to_modules(rule):
+    with pytest.raises(ValueError, match="a function from modules to modules"):
+        peft.ModuleInterceptor(rule)

@@ -755,3 +755,34 @@ def test_partition_specs_of_the_adapted_tree():
         "b": jax.sharding.PartitionSpec(None, "out"),
     }
     assert specs["kernel"] == jax.sharding.PartitionSpec("in", "out")
+
+
+# --- Products of the layer's own -----------------------------------------------------------------
+
+
+def twice(product):
+    return lambda *args, **kwargs: 2 * product(*args, **kwargs)
+
+
+def halved(*arrays, **kwargs):
+    return [None if array is None else array / 2 for array in arrays]
+
+
+INJECTED = {
+    "dot_general": (nn.Dense(5, dot_general=twice(jax.lax.dot_general)), (2, 4)),
+    "dot_general_cls": (
+        nn.DenseGeneral(5, dot_general_cls=lambda: twice(jax.lax.dot_general)),
+        (2, 4),
+    ),
+    "promote_dtype": (nn.Einsum((4, 5), "...i,io->...o", promote_dtype=halved), (2, 4)),
+    "conv_general_dilated": (
+        nn.Conv(3, (2,), conv_general_dilated=twice(jax.lax.conv_general_dilated)),
+        (2, 5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize(("layer", "shape"), INJECTED.values(), ids=INJECTED)
+def test_an_injected_product_stays_the_layers_own(layer, shape):
+    """The adapter joins the weight, for what is beside an unknown product would not be scaled."""
+    check_adapts(layer, Adapt(), numbers(*shape))
