@@ -64,7 +64,7 @@ test: lint
 
 # The peers raise warnings of their own, which are theirs to mend.
 test-interop: $(READY_INTEROP)
-	.venv-interop/bin/python -m pytest tests/interop -W default -n $(WORKERS)
+	.venv-interop/bin/python -m pytest tests/interop -W default
 
 benchmark: $(READY_INTEROP)
 	.venv-interop/bin/python benchmarks/lora_step.py $(ARGS)
