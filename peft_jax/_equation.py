@@ -230,9 +230,9 @@ def dense_general_equation(
         raise ValueError(f"{ndim} input axes and {features} feature axes exceed the alphabet.")
     letters = string.ascii_letters.replace("r", "")
     inputs, produced = letters[:ndim], letters[ndim : ndim + features]
-    pick = lambda positions: "".join(inputs[i] for i in positions)  # noqa: E731
     free = [i for i in range(ndim) if i not in axis and i not in batch]
-    return f"{inputs},{pick(batch)}{pick(axis)}{produced}->{pick(batch)}{pick(free)}{produced}"
+    kernel, outputs = ("".join(inputs[i] for i in (*batch, *rest)) for rest in (axis, free))
+    return f"{inputs},{kernel}{produced}->{outputs}{produced}"
 
 
 def conv_equation(window: int) -> str:

@@ -25,6 +25,7 @@ from peft_jax._adapters import (
 )
 from peft_jax._equation import parse_equation, weight_equation
 from peft_jax._interceptor import special_call
+from peft_jax._low_rank import add_once
 from peft_jax._names import adapter_name, is_adapter
 from peft_jax._normalised import NORMS, around_norm
 from peft_jax._registry import Call, Layer, find_layer, layer_type, require_layer
@@ -228,8 +229,7 @@ def _with_delta(settings: Settings, call: Call, name: str, value: Any, layer: An
         shape=shape,
         batch_in_b=batch_in_b,
     )
-    delta = adapter()
-    return (value.astype(delta.dtype) + delta).astype(value.dtype)
+    return add_once(value, adapter())
 
 
 @dataclasses.dataclass(frozen=True)

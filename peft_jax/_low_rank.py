@@ -263,6 +263,12 @@ def widest(*dtypes: jnp.dtype) -> jnp.dtype:
     return max(jnp.dtype(jnp.float32), *dtypes, key=lambda dtype: dtype.itemsize)
 
 
+def add_once(kernel: Array, change: Array, sign: int = 1) -> Array:
+    """`kernel + sign * change` in float32 or wider, rounded once to the dtype of the kernel."""
+    dtype = widest(kernel.dtype, change.dtype)
+    return (kernel.astype(dtype) + sign * change.astype(dtype)).astype(kernel.dtype)
+
+
 # --- The matrix inside a kernel ------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.core import Scope, meta
 
 from peft_jax._equation import LoraSpec
+from peft_jax._low_rank import add_once
 from peft_jax._registry import Call
 from peft_jax._spec_box import traced_specs
 from peft_jax._stacked import adapter_shapes, spec_delta
@@ -124,8 +125,7 @@ def _at(params: Any, path: Path, specs: dict[str, LoraSpec], layer_path: Path) -
                     "parameters were made for."
                 )
             change = spec_delta(a, b, spec)
-            total = (kernel.astype(change.dtype) + change).astype(kernel.dtype)
-            layer[spec.param] = meta.replace_boxed(layer[spec.param], total)
+            layer[spec.param] = meta.replace_boxed(layer[spec.param], add_once(kernel, change))
         return layer
 
     return map_layers(params, add)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from peft_jax._equation import LoraSpec
-from peft_jax._low_rank import widest
+from peft_jax._low_rank import add_once
 from peft_jax._names import is_adapter
 from peft_jax._stacked import spec_delta
 from peft_jax._trees import (
@@ -276,7 +276,4 @@ def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraS
 
 def rounded_sum(stored: Any, change: jax.Array, sign: int) -> Any:
     """``stored + sign * change``, rounded once to the stored dtype, in the stored box."""
-    kernel = meta.unbox(stored)
-    dtype = widest(kernel.dtype, change.dtype)
-    total = kernel.astype(dtype) + sign * change.astype(dtype)
-    return meta.replace_boxed(stored, total.astype(kernel.dtype))
+    return meta.replace_boxed(stored, add_once(meta.unbox(stored), change, sign))
