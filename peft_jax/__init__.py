@@ -7,7 +7,6 @@ from peft_jax._adapters import (
     LoRAEinsumAdapter,
     LoRAEmbedAdapter,
 )
-from peft_jax._equation import LoraSpec
 from peft_jax._interceptor import Interceptor, ModuleInterceptor
 from peft_jax._lora import (
     LoRAConv,
@@ -20,6 +19,7 @@ from peft_jax._lora import (
 from peft_jax._model import lora_specs
 from peft_jax._params import fuse_params, merge_params, split_params
 from peft_jax._registry import register_layer
+from peft_jax._specs import LoraSpec
 from peft_jax._unfuse import unfuse_params
 
 __all__ = [

@@ -18,7 +18,6 @@ from flax.typing import Array, Dtype, Initializer, PaddingLike, PrecisionLike
 from peft_jax._equation import (
     DENSE,
     EMBED,
-    LoraSpec,
     LowRank,
     as_tuple,
     conv_equation,
@@ -28,6 +27,7 @@ from peft_jax._equation import (
 from peft_jax._low_rank import delta, low_rank_product
 from peft_jax._rules import Untouched
 from peft_jax._spec_box import boxed
+from peft_jax._specs import LoraSpec
 
 DEFAULT_A_INIT = nn.initializers.kaiming_uniform()
 DEFAULT_B_INIT = nn.initializers.zeros_init()

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from peft_jax._equation import LoraSpec
 from peft_jax._spec_box import traced_specs
+from peft_jax._specs import LoraSpec
 
 
 def lora_specs(

@@ -14,10 +14,10 @@ import jax
 from flax import linen as nn
 from flax.core import Scope, meta
 
-from peft_jax._equation import LoraSpec
 from peft_jax._low_rank import add_once
 from peft_jax._registry import Call
 from peft_jax._spec_box import traced_specs
+from peft_jax._specs import LoraSpec
 from peft_jax._stacked import adapter_shapes, spec_delta
 from peft_jax._state import mute_adapters
 from peft_jax._trees import Layer, Path, adapter_paths, map_layers

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from peft_jax._equation import LoraSpec
 from peft_jax._low_rank import add_once
 from peft_jax._names import is_adapter
+from peft_jax._specs import LoraSpec
 from peft_jax._stacked import spec_delta
 from peft_jax._trees import (
     Layer,

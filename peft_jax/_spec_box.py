@@ -12,7 +12,8 @@ from flax import struct
 from flax.core import meta
 from flax.typing import Array, Dtype, Initializer
 
-from peft_jax._equation import LoraSpec, stacked
+from peft_jax._equation import stacked
+from peft_jax._specs import LoraSpec
 from peft_jax._state import record, recording
 
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from peft_jax._equation import LoraSpec
 from peft_jax._low_rank import delta
+from peft_jax._specs import LoraSpec
 
 Array = jax.Array
 

@@ -38,13 +38,15 @@ FLOORS = (
     ("_trees",),
     ("_stacked",),
     ("_low_rank",),
-    ("_quantize",),
     ("_quantized_dot",),
+    ("_quantize",),
+    ("_stored",),
     ("_names",),
+    ("_specs",),
     ("_equation",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ARRAYS_ONLY = {"_low_rank", "_quantize", "_quantized_dot"}
+ARRAYS_ONLY = {"_low_rank", "_quantize", "_quantized_dot", "_stored"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -110,8 +112,9 @@ def test_no_private_attributes_of_other_libraries(path):
             assert dunder or not named, f"{name_of(path)}:{node.lineno} uses {ast.unparse(node)}."
 
 
-def test_the_equation_knows_no_array_library():
-    libraries = {name[0] for name in imports_of(PACKAGE / "_equation.py")}
+@pytest.mark.parametrize("room", ["_equation", "_specs"])
+def test_plain_data_knows_no_array_library(room):
+    libraries = {name[0] for name in imports_of(PACKAGE / f"{room}.py")}
     assert not libraries & {"jax", "jaxlib", "flax", "optax"}
 
 

@@ -1,0 +1,134 @@
+"""What arrays do not say of themselves, as plain data: the specs of adapters. No jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from peft_jax._equation import ELLIPSIS
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+    """What the arrays of one adapter do not say.
+
+    Attributes:
+      param: name of the adapted parameter, beside the adapter; None where the adapter stands
+        alone (a ``LoRADenseAdapter`` without a layer).
+      equation: equation of the kernel's change, ``ir,ro->io``; with a leading ``...`` in every
+        operand for layers stacked by ``nn.scan`` or ``nn.vmap``.
+      rank: length of the rank axis.
+      scaling: factor of ``a·b``: ``alpha / rank``, or 1 where alpha is None.
+      alpha: as given to the layer.
+      variant: ``lora``.
+      stack_axes: the axes along which the layer is stacked, innermost first, each counted in the
+        array that it was added to, in ``a``, ``b`` and the kernel alike. Empty with a leading
+        ``...`` means axis 0.
+    """
+
+    param: str | None
+    equation: str
+    rank: int
+    scaling: float = 1.0
+    alpha: float | None = None
+    variant: str = "lora"
+    stack_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        axes = self.stack_axes
+        allowed = {
+            "rank": _is_integer(self.rank) and self.rank >= 1,
+            "scaling": _is_number(self.scaling),
+            "alpha": self.alpha is None or _is_number(self.alpha),
+            "param": self.param is None or isinstance(self.param, str),
+            "variant": self.variant == "lora",
+            "stack_axes": isinstance(axes, tuple | list) and all(map(_is_integer, axes)),
+        }
+        for field, is_allowed in allowed.items():
+            if not is_allowed:
+                raise ValueError(
+                    f"LoraSpec.{field} = {getattr(self, field)!r} is not allowed: rank is a "
+                    "positive integer, scaling a finite number, alpha too (or None), param a name "
+                    "or None, variant 'lora', stack_axes integers."
+                )
+        object.__setattr__(self, "rank", operator.index(self.rank))
+        object.__setattr__(self, "scaling", float(self.scaling))
+        if self.alpha is not None and not isinstance(self.alpha, int):
+            object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
+        self.letters  # noqa: B018  (checks the equation)
+        if axes and ELLIPSIS not in self.equation:
+            raise ValueError(
+                f"LoraSpec.stack_axes = {self.stack_axes} goes with an equation of stacked layers, "
+                f"such as '...ir,...ro->...io', not {self.equation!r}."
+            )
+
+    @property
+    def letters(self) -> tuple[str, str, str]:
+        """Letters of ``a``, ``b`` and the kernel, without the ellipsis."""
+        try:
+            operands, kernel = self.equation.replace(" ", "").split("->")
+            terms = (*operands.split(","), kernel)
+            stacked = [term.startswith(ELLIPSIS) for term in terms]
+            a, b, kernel = (term.removeprefix(ELLIPSIS) for term in terms)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"LoraSpec.equation = {self.equation!r} is not of the form 'ir,ro->io'."
+            ) from error
+        shared = (set(a) & set(b)) - set(kernel)
+        repeats = any(len(set(term)) != len(term) for term in (a, b, kernel))
+        fits = len(shared) == 1 and set(kernel) == (set(a) | set(b)) - shared
+        if repeats or not fits or len(set(stacked)) != 1 or not (a + b + kernel).isalpha():
+            raise ValueError(
+                f"LoraSpec.equation = {self.equation!r} is not of the form 'ir,ro->io': a and b "
+                "share the rank alone, all other letters make up the kernel, none stands twice in "
+                "a term, and a leading '...' stands in every term or in none."
+            )
+        return a, b, kernel
+
+    @property
+    def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Positions in the kernel of its batch, input and output axes (stack axes left out).
+
+        A batch axis that stands in ``a`` alone counts as an input: ``b`` is shared along it.
+        """
+        a, b, kernel = self.letters
+        batch = tuple(i for i, c in enumerate(kernel) if c in a and c in b)
+        inputs = tuple(i for i, c in enumerate(kernel) if c in a and c not in b)
+        outputs = tuple(i for i, c in enumerate(kernel) if c not in a)
+        return batch, inputs, outputs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON. Inverse of `from_dict`."""
+        return {**dataclasses.asdict(self), "stack_axes": list(self.stack_axes)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LoraSpec:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+          ValueError: on a field that is unknown or missing, or a value that is not allowed.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"LoraSpec.from_dict takes a dict, got {type(data).__name__}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        missing = sorted({"param", "equation", "rank"} - set(data))
+        if unknown or missing:
+            raise ValueError(
+                f"A LoraSpec has the fields {sorted(known)}; unknown here: {unknown}, missing: "
+                f"{missing}."
+            )
+        return cls(**data)
