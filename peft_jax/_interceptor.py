@@ -19,9 +19,9 @@ from typing import Any
 from flax import linen as nn
 from flax.core import meta
 
-from peft_jax._registry import Call, layer_type
+from peft_jax._registry import Call, find_layer, layer_type
 from peft_jax._retraced import warn_of_rebuilt_rule
-from peft_jax._rules import ADAPTER, Rule, RuleSource, Untouched
+from peft_jax._rules import ADAPTER, STORAGE, Init, Rule, RuleSource, Untouched
 from peft_jax._state import (
     Extent,
     Local,
@@ -32,6 +32,7 @@ from peft_jax._state import (
     open_entry,
     using,
 )
+from peft_jax._stored import as_stored
 
 _PLANS = "_peft_jax_plans"
 
@@ -234,6 +235,7 @@ def _dispatch(
     if replacement is not None:
         with using(state):
             return getattr(replacement, call.method)(*args, **kwargs)
+    _refuse_unread(call, [rule for rule, _ in rules])
     state = dataclasses.replace(state, running=(*state.running, module))
     special = None if state.muted else _SPECIAL_CALLS.get((layer_type(module), call.method))
     with using(state):
@@ -343,6 +345,21 @@ def _refuse_clashes(call: Call, rules: list[Rule]) -> None:
         )
 
 
+def _refuse_unread(call: Call, rules: list[Rule]) -> None:
+    """Stored values are read by a rule, or not at all."""
+    layer = find_layer(call.module)
+    if layer is None or any(rule.order == STORAGE for rule in rules):
+        return
+    stored = as_stored(meta.unbox(call.module.scope.get_variable("params", layer.param)))
+    if stored is not None:
+        raise ValueError(
+            f"'{call.path}/{layer.param}' holds stored {stored.method} values, which "
+            f"{type(call.module).__name__} does not read by itself. Wrap the layer, by "
+            f"`peft.Int4Dense(wrapped=..., method={stored.method!r})` or its like for this kind of "
+            "layer, or turn the parameters back by `peft.dequantize_checkpoint`."
+        )
+
+
 def _run(
     call: Call,
     rules: tuple[tuple[Rule, Hashable], ...],
@@ -357,7 +374,9 @@ def _run(
         for extent in extents
         if path[: len(extent.path)] == extent.path and extent.rule.concerns(call)
     ]
-    reading = [rule for rule in own if rule.at_weight(call)]
+    reading = [rule for rule in own if rule.at_weight(call)] + inherited
+    reading.sort(key=lambda rule: rule.order)
+    call = dataclasses.replace(call, changed=any(rule.order != STORAGE for rule in reading))
     _refuse_clashes(call, [*own, *inherited])
     covering = tuple(Extent(path, rule, source) for rule, source in rules if rule.covers_children)
 
@@ -368,9 +387,8 @@ def _run(
                 stack.enter_context(
                     using(dataclasses.replace(state, extents=(*state.extents, *covering)))
                 )
-            if reading or inherited:
-                ordered = sorted([*reading, *inherited], key=lambda rule: rule.order)
-                stack.enter_context(_reading_through(call, ordered))
+            if reading:
+                stack.enter_context(_reading_through(call, reading))
             return next_fun(*call.args, **call.kwargs)
 
     for rule in own:
@@ -385,7 +403,12 @@ def _reading_through(call: Call, rules: list[Rule]) -> Iterator[None]:
     original = module.param
 
     def param(name: str, init_fn: Any, *init_args: Any, unbox: bool = True, **kwargs: Any) -> Any:
-        stored = original(name, init_fn, *init_args, unbox=False, **kwargs)
+        def read(make: Init) -> Any:
+            return original(name, make, unbox=False)
+
+        for rule in rules:
+            read = functools.partial(rule.read, call, name, read=read)
+        stored = read(lambda key: init_fn(key, *init_args, **kwargs))
         value = meta.unbox(stored)
         for rule in rules:
             value = rule.transform(call, name, value)

@@ -11,13 +11,13 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from peft_jax._adapters import DEFAULT_A_INIT, DEFAULT_B_INIT, check_settings
-from peft_jax._lora_rules import PRODUCTS, LoRARule, LoRAWeightRule, Settings
-from peft_jax._registry import layer_type, require_layer
+from peft_jax._lora_rules import LoRARule, LoRAWeightRule, Settings
+from peft_jax._registry import PRODUCTS, layer_type
 from peft_jax._rules import Rule
-from peft_jax._wrapper import Wrapper
+from peft_jax._wrapper import LayerWrapper
 
 
-class _LoRAWrapper(Wrapper):
+class _LoRAWrapper(LayerWrapper):
     """Fields and checks that the LoRA wrappers share; see `LoRAAdapter` for their meaning."""
 
     _: dataclasses.KW_ONLY
@@ -30,27 +30,14 @@ class _LoRAWrapper(Wrapper):
     a_init: Initializer = DEFAULT_A_INIT
     b_init: Initializer = DEFAULT_B_INIT
 
-    kinds: ClassVar[frozenset[str]] = frozenset()
+    verb: ClassVar[str] = "adapts"
+    otherwise: ClassVar[str] = (
+        ", or adapt it at the weight by `peft.LoRAWeight(rank=..., wrapped=...)`"
+    )
 
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self.rank, self.alpha, self.dropout)
         super().__post_init__()
-        self.check_layer()
-
-    @nn.nowrap
-    def check_layer(self) -> None:
-        """Refuses a layer that this wrapper does not adapt."""
-        name = type(self).__name__
-        _, module = self.unwrap()
-        layer = require_layer(module, name)
-        if layer.kind not in self.kinds:
-            fitting = [cls.__name__ for cls in _WRAPPERS if layer.kind in cls.kinds]
-            raise ValueError(
-                f"{name} adapts layers of the kind {sorted(self.kinds)}, not "
-                f"{layer_type(module).__name__}, which is of the kind {layer.kind!r}. Use "
-                f"{' or '.join(fitting)}."
-            )
-        layer.check(module)
 
     @nn.nowrap
     def settings(self) -> Settings:
@@ -184,6 +171,3 @@ class LoRAWeight(_LoRAWrapper):
     def rule(self) -> Rule:
         params = None if self.params is None else tuple(self.params)
         return LoRAWeightRule(self.settings(), params)
-
-
-_WRAPPERS = (LoRADense, LoRAEinsum, LoRADenseGeneral, LoRAConv, LoRAEmbed)

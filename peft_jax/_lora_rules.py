@@ -84,7 +84,6 @@ _BESIDE: Mapping[str, Build] = {
     ),
 }
 _BATCH_IN_B = frozenset({"dense_general"})
-PRODUCTS = frozenset({"dense", "einsum", "dense_general"})
 
 
 # --- The rule ------------------------------------------------------------------------------------
@@ -100,16 +99,16 @@ class LoRARule(Rule):
     settings: Settings
 
     def at_weight(self, call: Call) -> bool:
-        return not require_layer(call.module, self.wrapper).beside(call)
+        return not require_layer(call.module, f"{self.wrapper} adapts").beside(call)
 
     def transform(self, call: Call, name: str, value: Any) -> Any:
-        layer = require_layer(call.module, self.wrapper)
+        layer = require_layer(call.module, f"{self.wrapper} adapts")
         if name != layer.param:
             return value
         return _with_delta(self.settings, call, name, value, layer)
 
     def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        layer = require_layer(call.module, self.wrapper)
+        layer = require_layer(call.module, f"{self.wrapper} adapts")
         y = proceed()
         if call.method not in layer.methods or not layer.beside(call):
             return y

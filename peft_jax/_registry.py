@@ -26,12 +26,14 @@ class Call:
 
     Attributes:
       module: the module, of a type that the reader knows.
+      changed: whether simulation or an adapter changes the weight that this call reads.
     """
 
     module: Any
     method: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    changed: bool = False
 
     @property
     def path(self) -> str:
@@ -43,6 +45,9 @@ class Call:
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
+
+
+PRODUCTS = frozenset({"dense", "einsum", "dense_general"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +92,8 @@ def find_layer(module: nn.Module | type[nn.Module]) -> Layer | None:
     return _LAYERS.get(layer_type(module))
 
 
-def require_layer(module: nn.Module, wrapper: str) -> Layer:
-    """`find_layer`, or an error that names the remedy."""
+def require_layer(module: nn.Module, purpose: str, otherwise: str = "") -> Layer:
+    """`find_layer`, or an error that says for what (``LoRADense adapts``) and the remedies."""
     layer = find_layer(module)
     if layer is None:
         cls = layer_type(module).__name__
@@ -100,10 +105,9 @@ def require_layer(module: nn.Module, wrapper: str) -> Layer:
             else ""
         )
         raise ValueError(
-            f"{wrapper} adapts layers whose product it knows, and {cls} is not registered (types "
+            f"{purpose} layers whose product it knows, and {cls} is not registered (types "
             f"match exactly: a subclass may compute something else).{like} Say how it reads its "
-            f"parameter by `peft.register_layer({cls}, param=..., equation=...)`, or adapt it at "
-            "the weight by `peft.LoRAWeight(rank=..., wrapped=...)`."
+            f"parameter by `peft.register_layer({cls}, param=..., equation=...)`{otherwise}."
         )
     return layer
 

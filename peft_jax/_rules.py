@@ -11,6 +11,7 @@ from flax import linen as nn
 from peft_jax._registry import Call
 
 STORAGE, SIMULATION, ADAPTER = range(3)
+Init = Callable[[Any], Any]
 
 
 class Untouched:
@@ -37,6 +38,20 @@ class Rule:
     def at_weight(self, call: Call) -> bool:
         """Whether this call reads its parameters through `transform`."""
         return False
+
+    def read(self, call: Call, name: str, make: Init, read: Callable[[Init], Any]) -> Any:
+        """How the module's parameter is read, or made: what ``self.param(name, make)`` does.
+
+        Args:
+          call: the call that reads.
+          name: of the parameter.
+          make: from a key to the parameter's first value.
+          read: what the module, and rules of lower order, do with ``make``.
+
+        Returns:
+          The parameter, in its box if it has one.
+        """
+        return read(make)
 
     def transform(self, call: Call, name: str, value: Any) -> Any:
         """The value that the module reads in place of its parameter."""

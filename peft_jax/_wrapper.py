@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen as nn
 from flax.core import Scope
 
 from peft_jax._interceptor import call_wrapped
-from peft_jax._registry import layer_type
+from peft_jax._registry import layer_type, require_layer
 from peft_jax._rules import Rule, RuleSource
 
 
@@ -100,6 +100,44 @@ class Wrapper(nn.Module, RuleSource):
         if _is_method(layer_type(module), name):
             return types.MethodType(_forwarding(name), self)
         return getattr(module, name)
+
+
+class LayerWrapper(Wrapper):
+    """A wrapper of layers of certain kinds, told apart by what `register_layer` knows.
+
+    Attributes:
+      kinds: the kinds of layers that it wraps.
+      verb: what it does to them, in error messages.
+      otherwise: what else to do with a layer that is not registered, in error messages.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    verb: ClassVar[str] = "wraps"
+    otherwise: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_layer()
+
+    @nn.nowrap
+    def check_layer(self) -> None:
+        """Refuses a layer that this wrapper does not fit."""
+        name = type(self).__name__
+        _, module = self.unwrap()
+        layer = require_layer(module, f"{name} {self.verb}", self.otherwise)
+        if layer.kind not in self.kinds:
+            fitting = [cls.__name__ for cls in self.siblings() if layer.kind in cls.kinds]
+            raise ValueError(
+                f"{name} {self.verb} layers of the kind {sorted(self.kinds)}, not "
+                f"{layer_type(module).__name__}, which is of the kind {layer.kind!r}. Use "
+                f"{' or '.join(fitting)}."
+            )
+        layer.check(module)
+
+    @classmethod
+    def siblings(cls) -> tuple[type[LayerWrapper], ...]:
+        """The wrappers that do the same to layers of other kinds."""
+        return tuple(cls.__base__.__subclasses__())  # type: ignore[union-attr]
 
 
 def _is_method(cls: type[nn.Module], name: str) -> bool:

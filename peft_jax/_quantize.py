@@ -1,0 +1,459 @@
+"""Quantization of arrays: a table of methods, and what they share. Arrays only."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peft_jax._stored import Layout, StoredValues, as_stored, pack, unpack
+
+Array = jax.Array
+Blocks = tuple[int, ...]  # for each axis, how many values in a row share a scale
+
+
+class QuantizationMethod(enum.StrEnum):
+    """How weights are stored in few bits; a string serves as well (``"q4_0"``).
+
+    ==================  ====  ==========================================  ===============
+    method              bits  one scale for                               scale
+    ==================  ====  ==========================================  ===============
+    ``NONE``                  (the identity)
+    ``INT4``            4     each output channel                         float32
+    ``INT8``            8     each output channel                         float32
+    ``Q4_0``            4     32 values along the last axis               float16
+    ``Q4_0_TRANSPOSE``  4     32 values along the axis before last        float16
+    ``SFP8``            8     each output channel                         float32
+    ``NF4``             4     64 values along the axis before last        float32
+    ==================  ====  ==========================================  ===============
+    """
+
+    NONE = "none"
+    INT4 = "int4"
+    INT8 = "int8"
+    Q4_0 = "q4_0"
+    Q4_0_TRANSPOSE = "q4_0_transpose"
+    SFP8 = "sfp8"
+    NF4 = "nf4"
+
+    @classmethod
+    def _missing_(cls, value: object) -> QuantizationMethod | None:
+        if isinstance(value, str) and value.lower() in {member.value for member in cls}:
+            return cls(value.lower())
+        raise ValueError(
+            f"{value!r} is no quantization method. There are {[member.value for member in cls]}."
+        )
+
+
+# --- The methods ---------------------------------------------------------------------------------
+# Each encodes `(x, peak, axes)`, float32 values in groups, the largest magnitude of each group and
+# the axes along which groups extend, as `(codes, scale)`; `scale * decode(codes)` approximates x.
+
+# Where the peak is smaller, 1 / scale may overflow: such a group is all zeros.
+_TINY = 1e-36
+# The largest magnitude of SFP8, and the step below which its grid is even.
+_SFP8_MAX, _SFP8_STEP = 1.875, 2.0**-22
+# The quantiles of a normal distribution, from the paper's appendix E.
+_NF4 = np.ravel(
+    np.array(
+        [
+            [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453],
+            [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0],
+            [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224],
+            [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+        ],
+        np.float32,
+    )
+)
+
+
+def _reciprocal(x: Array) -> Array:
+    """``1 / x``, and 0 where x is tiny."""
+    return jnp.where(jnp.abs(x) < _TINY, 0.0, 1 / jnp.where(x == 0, 1.0, x))
+
+
+def _encode_integers(
+    x: Array, peak: Array, axes: tuple[int, ...], *, largest: int, offset: int
+) -> tuple[Array, Array]:
+    """Symmetric integers; the peak becomes the largest."""
+    codes = jnp.clip(jnp.round(x * (largest * _reciprocal(peak))), -largest - 1, largest)
+    scale = jnp.where(peak < _TINY, 0.0, peak * np.float32(1 / largest))
+    return (codes + offset).astype(jnp.uint8 if offset else jnp.int8), scale
+
+
+def _encode_q4_0(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """GGML's Q4_0: the value of largest magnitude, the first such one, becomes -8."""
+    (axis,) = axes
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    place = 2 * place + (x < 0).astype(jnp.int32)
+    first = jnp.min(jnp.where(jnp.abs(x) == peak, place, 2 * x.shape[axis]), axis, keepdims=True)
+    negative = first % 2 == 1
+    scale = jnp.where(negative, peak, -peak) / 8
+    # XLA contracts a product and a sum into one rounding, which GGML does not; the clip, which
+    # changes nothing, stands between them.
+    scaled = jnp.clip(x * _reciprocal(scale), -9.0, 9.0)
+    return jnp.minimum((scaled + 8.5).astype(jnp.uint8), 15), scale
+
+
+def _encode_nf4(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The nearest entry of the code book, which the peak scales to the range of -1 to 1."""
+    scaled = x * _reciprocal(peak)
+    codes = jnp.zeros(x.shape, jnp.uint8)
+    for middle in (_NF4[:-1] + _NF4[1:]) / 2:
+        codes += (scaled > middle).astype(jnp.uint8)
+    return codes, jnp.where(peak < _TINY, 0.0, peak)
+
+
+def _decode_nf4(codes: Array) -> Array:
+    """The entries of the code book, by four choices of two."""
+    entries: list[Any] = list(_NF4)
+    for bit in range(4):
+        odd = (codes >> bit) & 1 == 1
+        entries = [jnp.where(odd, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)]
+    return jnp.asarray(entries[0])
+
+
+def _encode_sfp8(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The nearest number of gemma.cpp's switching float; the peak becomes 1.875."""
+    factor = _SFP8_MAX / jnp.maximum(peak, 1e-6)
+    scaled = jnp.minimum(jnp.abs(x * factor), _SFP8_MAX)
+    # Three bits of mantissa from 2^-7 on, two below; an even grid below 2^-20, and between the
+    # smallest number and zero the threshold of gemma.peft's simulation.
+    coarse = jax.lax.reduce_precision(scaled, 8, 2)
+    fine = jnp.where(scaled < 2.0**-7, coarse, jax.lax.reduce_precision(scaled, 8, 3))
+    even = jnp.round(scaled / _SFP8_STEP) * _SFP8_STEP
+    smallest, zero = 0.625 * _SFP8_STEP, (0.5 - 1 / 32) * _SFP8_STEP
+    small = jnp.where(scaled < smallest, jnp.where(scaled < zero, 0.0, smallest), even)
+    rounded = jnp.where(scaled < 2.0**-20, small, fine)
+    bits = jax.lax.bitcast_convert_type(rounded, jnp.int32)
+    low, high = (bits >> 21) - (127 - 23) * 4, (bits >> 20) - (127 - 15) * 8
+    code = jnp.where(rounded < 2.0**-7, low, high)
+    code = jnp.where(rounded == 0, 0, jnp.where(x < 0, code | 128, code))
+    scale = jnp.maximum(peak, 1e-6) * np.float32(1 / _SFP8_MAX)
+    return code.astype(jnp.uint8), jnp.where(peak == 0, 0.0, scale)
+
+
+def _decode_sfp8(codes: Array) -> Array:
+    """Sign, exponent and mantissa in the places of float32."""
+    code = codes.astype(jnp.int32)
+    size = code & 127
+    bits = jnp.where(
+        size < 64, (size << 21) + ((127 - 23) << 23), (size << 20) + ((127 - 15) << 23)
+    )
+    bits = jnp.where(size == 0, 0, bits) | ((code & 128) << 24)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to store values in few bits.
+
+    Attributes:
+      encode: from values to codes and scale; see above.
+      decode: from codes, int8 or uint8, to float32. None: codes are integers.
+      offset: what is taken off a code to give its integer.
+      bits: 4, two codes in a byte, or 8.
+      block: the axis, and how many values along it share a scale; None: the scale is that of an
+        output channel.
+      scale_dtype: the dtype in which the scale is kept.
+    """
+
+    encode: Callable[[Array, Array, tuple[int, ...]], tuple[Array, Array]]
+    bits: int
+    decode: Callable[[Array], Array] | None = None
+    offset: int = 0
+    block: tuple[int, int] | None = None
+    scale_dtype: Any = jnp.float32
+
+    def values(self, codes: Array) -> Array:
+        """The numbers that the codes stand for, before scaling, in float32."""
+        if self.decode is not None:
+            return self.decode(codes)
+        # In float32: jaxlib 0.10.2 sums `float32(int8(codes & 15) - 8)` wrongly on CPU.
+        values = codes.astype(jnp.float32)
+        return values - self.offset if self.offset else values
+
+
+METHODS: Mapping[str, Method] = {
+    "int4": Method(functools.partial(_encode_integers, largest=7, offset=8), 4, offset=8),
+    "int8": Method(functools.partial(_encode_integers, largest=127, offset=0), 8),
+    "q4_0": Method(_encode_q4_0, 4, offset=8, block=(-1, 32), scale_dtype=jnp.float16),
+    "q4_0_transpose": Method(_encode_q4_0, 4, offset=8, block=(-2, 32), scale_dtype=jnp.float16),
+    "sfp8": Method(_encode_sfp8, 8, decode=_decode_sfp8),
+    "nf4": Method(_encode_nf4, 4, decode=_decode_nf4, block=(-2, 64)),
+}
+
+
+# --- What the methods share ----------------------------------------------------------------------
+
+
+def quantize(
+    x: Array, method: QuantizationMethod | str, axes: Sequence[int] | int | None = None
+) -> tuple[Any, Array]:
+    """Stores an array in few bits: ``x ~ value(q) * scale``. Inverse: `dequantize`.
+
+    Q4_0 is GGML's format, bit for bit; NF4 is that of QLoRA (https://arxiv.org/abs/2305.14314);
+    SFP8 is gemma.cpp's switching float. Groups of zeros give zeros; groups whose largest magnitude
+    is below 1e-36 count as zeros.
+
+    Args:
+      x: floats of any shape; computed in float32.
+      method: see `QuantizationMethod`.
+      axes: for methods with a scale per output channel, the axes that the layer contracts; None:
+        the axis before last, of arrays of two axes. The other methods take none.
+
+    Returns:
+      ``(values, scale)``: `StoredValues`, a pytree node of one int8 or uint8 array, and an array of
+      as many axes as ``x``, along each of which the length of ``x`` is a multiple of its own. For
+      ``NONE``, ``x`` itself and ones.
+
+    Raises:
+      ValueError: on lengths that blocks do not divide, axes that do not fit, and, outside of
+        ``jax.jit``, on NaN and infinity and on scales beyond float16.
+    """
+    method, x = QuantizationMethod(method), _checked(x)
+    if method is QuantizationMethod.NONE:
+        return x, jnp.ones((1,) * x.ndim, x.dtype)
+    blocks = blocks_of(method, x.shape, axes)
+    packed = packed_axis(method, x.shape, axes)
+    array, scale, (finite, fits) = encode(x, method.value, blocks, packed)
+    check_range(method, finite, fits)
+    return StoredValues(layout_of(method, x.shape, packed), array), scale
+
+
+def dequantize(values: Any, scale: Array, dtype: Any = jnp.float32) -> Array:
+    """The array that stored values stand for: ``value(q) * scale``, rounded once to ``dtype``.
+
+    Args:
+      values: from `quantize`, or a plain array, whose numbers are the values.
+      scale: an array of as many axes, whose lengths divide those of the values.
+      dtype: of the result.
+
+    Raises:
+      ValueError: where the scale does not fit the values.
+    """
+    numbers = decoded(values)
+    return scaled(numbers, scale).astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _simulated(x: Array, method: str, blocks: Blocks) -> Array:
+    return _encode_and_decode(x, method, blocks)[0]
+
+
+@_simulated.defjvp
+def _straight_through(
+    method: str, blocks: Blocks, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    return _simulated(*primals, method, blocks), tangents[0]
+
+
+def simulate_quantize(
+    x: Array, method: QuantizationMethod | str, axes: Sequence[int] | int | None = None
+) -> Array:
+    """What an array becomes by storing it in few bits, with straight-through gradients.
+
+    Equal, bit for bit, to ``dequantize(*quantize(x, method, axes))`` rounded to the dtype of
+    ``x``; its derivative is the identity
+    (https://arxiv.org/abs/1308.3432). ``NONE`` changes nothing.
+
+    Args:
+      x: floats of any shape.
+      method: see `QuantizationMethod`.
+      axes: as for `quantize`.
+
+    Raises:
+      ValueError: as `quantize`.
+    """
+    method, x = QuantizationMethod(method), _checked(x)
+    if method is QuantizationMethod.NONE:
+        return x
+    blocks = blocks_of(method, x.shape, axes)
+    if not isinstance(x, jax.core.Tracer):
+        check_range(method, *_encode_and_decode(x, method.value, blocks)[1])
+    return _simulated(x, method.value, blocks)
+
+
+def _checked(x: Any) -> Array:
+    if as_stored(x) is not None:
+        raise ValueError(f"The values are quantized already: {x!r}. Dequantize them first.")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:
+        raise ValueError(
+            f"Floating-point numbers are quantized, got {x.dtype}{list(x.shape)}. Leave other "
+            "parameters out."
+        )
+    return x
+
+
+def blocks_of(
+    method: QuantizationMethod, shape: Sequence[int], axes: Sequence[int] | int | None
+) -> Blocks:
+    """How many values share a scale along each axis."""
+    rank, block = len(shape), METHODS[method].block
+    if block is not None:
+        axis, length = block
+        if axes is not None:
+            raise ValueError(
+                f"{method.name} has blocks of {length} along axis {axis}, whatever the layer "
+                f"contracts: axes={axes!r} has no meaning. Leave it out."
+            )
+        if rank < -axis or shape[axis] % length:
+            raise ValueError(
+                f"{method.name} has blocks of {length} along axis {axis}, which do not divide the "
+                f"shape {tuple(shape)}. Leave this weight out (`select=`), choose a method with a "
+                "scale per output channel (INT4, INT8, SFP8), or pad the weight."
+            )
+        return tuple(length if i == axis % rank else 1 for i in range(rank))
+    if axes is None:
+        if rank != 2:
+            raise ValueError(
+                f"{method.name} has a scale for each output channel; which axes of a weight of "
+                f"shape {tuple(shape)} are inputs cannot be told. Pass `axes`, the contracted ones."
+            )
+        axes = (-2,)
+    chosen = {axes} if isinstance(axes, int) else set(axes)
+    if not chosen or not all(-rank <= axis < rank for axis in chosen):
+        raise ValueError(
+            f"axes={axes!r} does not name axes of a weight of shape {tuple(shape)}. Name those "
+            "that the layer contracts."
+        )
+    chosen = {axis % rank for axis in chosen}
+    return tuple(length if i in chosen else 1 for i, length in enumerate(shape))
+
+
+def packed_axis(
+    method: QuantizationMethod,
+    shape: Sequence[int],
+    axes: Sequence[int] | int | None,
+    avoid: Sequence[int] = (),
+) -> int | None:
+    """Along which axis two values share a byte: the longest even one of those contracted.
+
+    Products run along contracted axes, so their tiles are rows of bytes then.
+
+    Args:
+      method: a method of four or eight bits.
+      shape: of the values.
+      axes: the contracted axes; None: the axis before last.
+      avoid: axes that are taken only where nothing else is left (they are spread over devices).
+
+    Returns:
+      An axis counted from the end; None for values of eight bits.
+    """
+    if METHODS[method].bits == 8:
+        return None
+    rank = len(shape)
+    wanted = (max(-2, -rank),) if axes is None else (axes,) if isinstance(axes, int) else axes
+    contracted = {axis % rank for axis in wanted}
+    avoided = {axis % rank for axis in avoid}
+
+    def rating(axis: int) -> tuple[bool, bool, bool, int]:
+        return shape[axis] % 2 == 0, axis not in avoided, axis in contracted, shape[axis]
+
+    return max(range(rank), key=rating) - rank
+
+
+def layout_of(method: QuantizationMethod, shape: Sequence[int], packed: int | None) -> Layout:
+    """How values of this shape lie in their array."""
+    return Layout(method.value, packed, packed is not None and shape[packed] % 2 == 1)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "blocks", "packed"))
+def encode(
+    x: Array, method: str, blocks: Blocks, packed: int | None
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Stored array, scale, and whether all numbers were finite and all scales in range."""
+    codes, scale, checks = _encode(x, method, blocks)
+    if packed is not None:
+        codes = pack(codes, packed)
+    return codes, scale, checks
+
+
+@functools.partial(jax.jit, static_argnames=("method", "blocks"))
+def _encode_and_decode(x: Array, method: str, blocks: Blocks) -> tuple[Array, tuple[Array, Array]]:
+    codes, scale, checks = _encode(x, method, blocks)
+    return scaled(METHODS[method].values(codes), scale).astype(x.dtype), checks
+
+
+def _encode(x: Array, method: str, blocks: Blocks) -> tuple[Array, Array, tuple[Array, Array]]:
+    row = METHODS[method]
+    groups, axes, scale_shape = _groups(x.shape, blocks)
+    x32 = x.astype(jnp.float32).reshape(groups)
+    peak = jnp.max(jnp.abs(x32), axis=axes, keepdims=True)
+    codes, scale = row.encode(x32, peak, axes)
+    kept = scale.astype(row.scale_dtype)
+    checks = jnp.all(jnp.isfinite(peak)), jnp.all(jnp.isfinite(kept) | ~jnp.isfinite(peak))
+    return codes.reshape(x.shape), kept.reshape(scale_shape), checks
+
+
+def _groups(
+    shape: Sequence[int], blocks: Blocks
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The shape in which groups have axes of their own, those axes, and the shape of the scale."""
+    split: list[int] = []
+    axes: list[int] = []
+    for length, block in zip(shape, blocks, strict=True):
+        split += [length] if block in (1, length) else [length // block, block]
+        if block > 1:
+            axes.append(len(split) - 1)
+    scale = tuple(length // block for length, block in zip(shape, blocks, strict=True))
+    return tuple(split), tuple(axes), scale
+
+
+def check_range(method: QuantizationMethod, finite: Array, fits: Array) -> None:
+    """Refuses what has no scale; numbers are not known inside ``jax.jit``."""
+    if isinstance(finite, jax.core.Tracer):
+        return
+    if not finite:
+        raise ValueError(
+            "NaN or infinity cannot be quantized, and the array holds one. Mend it first."
+        )
+    if not fits:
+        raise ValueError(
+            f"{method.name} keeps its scales in float16, at most 65504, and a block of this array "
+            "needs a larger one. Scale the weight down, or choose another method."
+        )
+
+
+def decoded(values: Any) -> Array:
+    """The numbers of stored values before scaling, in float32."""
+    stored = as_stored(values)
+    if stored is None:
+        return jnp.asarray(values).astype(jnp.float32)
+    return method_of(stored.layout).values(unpack(stored.array, stored.layout))
+
+
+def method_of(layout: Layout) -> Method:
+    """The row of the table for stored values."""
+    if layout.method not in METHODS:
+        raise ValueError(
+            f"Values are stored as {layout.method!r}, which is no method known here: "
+            f"{sorted(METHODS)}."
+        )
+    return METHODS[layout.method]
+
+
+def scaled(numbers: Array, scale: Array) -> Array:
+    """``numbers * scale`` in float32, each scale for a block of numbers."""
+    check_scale(numbers.shape, jnp.shape(scale))
+    blocks = tuple(n // m for n, m in zip(numbers.shape, scale.shape, strict=True))
+    groups, axes, _ = _groups(numbers.shape, blocks)
+    shape = tuple(1 if i in axes else length for i, length in enumerate(groups))
+    product = numbers.reshape(groups) * scale.astype(jnp.float32).reshape(shape)
+    return product.reshape(numbers.shape)
+
+
+def check_scale(shape: Sequence[int], scale: Sequence[int]) -> None:
+    """A scale says what it scales by its shape."""
+    if len(shape) != len(scale) or any(m == 0 or n % m for n, m in zip(shape, scale, strict=True)):
+        raise ValueError(
+            f"A scale of shape {tuple(scale)} does not fit values of shape {tuple(shape)}: it has "
+            "as many axes, and its lengths divide theirs. Keep each scale with its values."
+        )
