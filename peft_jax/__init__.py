@@ -16,14 +16,34 @@ from peft_jax._lora import (
     LoRAEmbed,
     LoRAWeight,
 )
-from peft_jax._model import lora_specs
+from peft_jax._model import layer_specs, lora_specs
 from peft_jax._params import fuse_params, merge_params, split_params
+from peft_jax._quantize import QuantizationMethod, dequantize, quantize, simulate_quantize
+from peft_jax._quantized import (
+    Int4Conv,
+    Int4Dense,
+    Int4DenseGeneral,
+    Int4Einsum,
+    Int4Embed,
+    SimulateQuantizedConv,
+    SimulateQuantizedDense,
+    SimulateQuantizedDenseGeneral,
+    SimulateQuantizedEinsum,
+    SimulateQuantizedEmbed,
+)
 from peft_jax._registry import register_layer
-from peft_jax._specs import LoraSpec
+from peft_jax._specs import LayerSpec, LoraSpec
+from peft_jax._stored import StoredValues
 from peft_jax._unfuse import unfuse_params
 
 __all__ = [
+    "Int4Conv",
+    "Int4Dense",
+    "Int4DenseGeneral",
+    "Int4Einsum",
+    "Int4Embed",
     "Interceptor",
+    "LayerSpec",
     "LoRAConv",
     "LoRAConvAdapter",
     "LoRADense",
@@ -37,10 +57,21 @@ __all__ = [
     "LoRAWeight",
     "LoraSpec",
     "ModuleInterceptor",
+    "QuantizationMethod",
+    "SimulateQuantizedConv",
+    "SimulateQuantizedDense",
+    "SimulateQuantizedDenseGeneral",
+    "SimulateQuantizedEinsum",
+    "SimulateQuantizedEmbed",
+    "StoredValues",
+    "dequantize",
     "fuse_params",
+    "layer_specs",
     "lora_specs",
     "merge_params",
+    "quantize",
     "register_layer",
+    "simulate_quantize",
     "split_params",
     "unfuse_params",
 ]

@@ -30,6 +30,7 @@ from peft_jax._names import adapter_name, is_adapter
 from peft_jax._normalised import NORMS, around_norm
 from peft_jax._registry import Call, Layer, find_layer, layer_type, require_layer
 from peft_jax._rules import ADAPTER, Rule
+from peft_jax._stored import as_stored, weight_shape
 
 _DELTA = "_peft_jax_delta"
 
@@ -137,7 +138,7 @@ class LoRARule(Rule):
                 f"{type(module).__name__} at '{call.path}' is registered with the parameter "
                 f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
             )
-        shape = jnp.shape(meta.unbox(stored))
+        shape = weight_shape(meta.unbox(stored))
         _refuse_another_equation(call, layer)
         cls, fields = _BESIDE[layer.kind](call, layer, shape)
         settings = dataclasses.replace(self.settings, dtype=self.settings.dtype or dtype)
@@ -311,9 +312,9 @@ def _kernels(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, boo
     for name, value in params.items():
         if is_adapter(name, value):
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and as_stored(value) is None:
             found += _kernels(value, f"{prefix}{name}/")
-        elif jnp.ndim(meta.unbox(value)) >= 2:
+        elif len(weight_shape(meta.unbox(value))) >= 2:
             found.append((prefix + name, adapted))
     return found
 

@@ -1,6 +1,5 @@
 """The low-rank product `x·a·b`, the weight delta, and the matrix inside a kernel: arrays only."""
 
-import functools
 import itertools
 import math
 import string
@@ -10,6 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from peft_jax._einsum import (
+    broadcasts,
+    is_contraction,
+    is_laid_out,
+    sizes,
+    split_terms,
+    without_ellipsis,
+)
 
 Array = jax.Array
 Precision = Any  # whatever `jax.lax.dot_general` takes
@@ -43,73 +51,18 @@ def low_rank_product(
 
 
 def _product(x: Array, weight: Array, equation: str, precision: Precision) -> Array:
-    letters = _without_ellipsis(equation, x.ndim)
-    _sizes(letters, x.shape, weight.shape)
+    letters = without_ellipsis(equation, x.ndim)
+    sizes(letters, x.shape, weight.shape)
     plain = (
-        _broadcasts(letters, x.shape, weight.shape)
-        or not _is_contraction(letters)
+        broadcasts(letters, x.shape, weight.shape)
+        or not is_contraction(letters)
         or x.dtype != weight.dtype
-        or _is_laid_out(x)
-        or _is_laid_out(weight)
+        or is_laid_out(x)
+        or is_laid_out(weight)
     )
     if plain:
         return jnp.einsum(equation, x, weight, precision=precision)
     return _contract_p.bind(x, weight, equation=letters, precision=precision)
-
-
-@functools.lru_cache(maxsize=1024)
-def _without_ellipsis(equation: str, ndim: int) -> str:
-    """Give the axes of the first operand's ellipsis letters of their own."""
-    equation = equation.replace(" ", "")
-    named = len(equation.split(",")[0].replace("...", ""))
-    free = [letter for letter in string.ascii_letters if letter not in equation]
-    return equation.replace("...", "".join(free[: ndim - named]))
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_contraction(equation: str) -> bool:
-    """Whether no term repeats a letter, and every letter stands in two terms or in all three.
-
-    Such equations are closed under transposition, which permutes the terms, and under batching,
-    which adds a letter.
-    """
-    terms = _terms(equation)
-    return all(len(set(term)) == len(term) for term in terms) and all(
-        sum(letter in term for term in terms) > 1 for letter in set("".join(terms))
-    )
-
-
-def _broadcasts(equation: str, *shapes: tuple[int, ...]) -> bool:
-    """Whether an axis of length one meets a longer one, which `einsum` allows."""
-    left, right, _ = _terms(equation)
-    pairs = list(zip(left, shapes[0], strict=True)) + list(zip(right, shapes[1], strict=True))
-    lengths = {letter: {n for other, n in pairs if other == letter} for letter, _ in pairs}
-    return any(len(found) > 1 and 1 in found for found in lengths.values())
-
-
-def _is_laid_out(array: Array) -> bool:
-    """Whether the array's type fixes its place on a mesh: explicit axes, and inside `shard_map`."""
-    kinds = jax.typeof(array).sharding.mesh.axis_types
-    return any(kind != jax.sharding.AxisType.Auto for kind in kinds)
-
-
-def _terms(equation: str) -> tuple[str, str, str]:
-    operands, out = equation.split("->")
-    left, right = operands.split(",")
-    return left, right, out
-
-
-def _sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
-    """Give the length of every axis of the operands; raises where they do not fit."""
-    size: dict[str, int] = {}
-    for term, shape in zip(_terms(equation), shapes, strict=False):
-        if len(term) != len(shape):
-            raise ValueError(f"{equation}: the operand {term} has {len(shape)} axes, {shape}")
-        for letter, length in zip(term, shape, strict=True):
-            known = size.setdefault(letter, length)
-            if known != length and 1 not in (known, length):
-                raise ValueError(f"{equation}: {letter} is {size[letter]} and {length} in {shapes}")
-    return size
 
 
 # --- A contraction that is lowered by platform ---------------------------------------------------
@@ -119,7 +72,7 @@ def _sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
 
 def _contract(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
     """`einsum(equation, lhs, rhs)` as one `dot_general`."""
-    left, right, out = _terms(equation)
+    left, right, out = split_terms(equation)
     both = [letter for letter in left if letter in right]
     batch = [letter for letter in both if letter in out]
     summed = [letter for letter in both if letter not in out]
@@ -138,18 +91,18 @@ def _contract(lhs: Array, rhs: Array, *, equation: str, precision: Precision) ->
 
 def _contract_on_cpu(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
     """The same, with neighbouring axes merged and the narrower operand first."""
-    left, right, out = _terms(equation)
+    left, right, out = split_terms(equation)
     if set(left) & set(right) & set(out):
         # XLA's CPU compiler (jaxlib 0.10.2) aborts the process on some batched products whose
         # operands or result it lays out anew, so they stay as `einsum` has them.
         return jnp.einsum(equation, lhs, rhs, precision=precision)
-    size = _sizes(equation, lhs.shape, rhs.shape)
+    size = sizes(equation, lhs.shape, rhs.shape)
     shape = tuple(size[letter] for letter in out)
     while pair := _neighbours(equation):
         first, second = pair
         equation = equation.replace(first + second, first)
         size[first] *= size.pop(second)
-    left, right, out = _terms(equation)
+    left, right, out = split_terms(equation)
     lhs = lhs.reshape([size[letter] for letter in left])
     rhs = rhs.reshape([size[letter] for letter in right])
 
@@ -176,7 +129,7 @@ def _count(letters: list[str], size: dict[str, int]) -> int:
 
 def _neighbours(equation: str) -> tuple[str, str] | None:
     """Two letters that stand side by side, in this order, in every term that has either."""
-    for term in _terms(equation):
+    for term in split_terms(equation):
         for first, second in itertools.pairwise(term):
             if equation.count(first) == equation.count(second) == equation.count(first + second):
                 return first, second
@@ -186,22 +139,22 @@ def _neighbours(equation: str) -> tuple[str, str] | None:
 def _contract_type(
     lhs: jax.core.ShapedArray, rhs: jax.core.ShapedArray, *, equation: str, precision: Precision
 ) -> jax.core.ShapedArray:
-    size = _sizes(equation, lhs.shape, rhs.shape)
-    _, _, out = _terms(equation)
+    size = sizes(equation, lhs.shape, rhs.shape)
+    _, _, out = split_terms(equation)
     return jax.core.ShapedArray(tuple(size[letter] for letter in out), lhs.dtype)
 
 
 def _transpose_lhs(
     cotangent: Array, lhs: Any, rhs: Array, *, equation: str, precision: Precision
 ) -> Array:
-    left, right, out = _terms(equation)
+    left, right, out = split_terms(equation)
     return _contract_p.bind(cotangent, rhs, equation=f"{out},{right}->{left}", precision=precision)
 
 
 def _transpose_rhs(
     cotangent: Array, lhs: Array, rhs: Any, *, equation: str, precision: Precision
 ) -> Array:
-    left, right, out = _terms(equation)
+    left, right, out = split_terms(equation)
     return _contract_p.bind(lhs, cotangent, equation=f"{left},{out}->{right}", precision=precision)
 
 
@@ -213,7 +166,7 @@ def _batch(
     precision: Precision,
 ) -> tuple[Array, int]:
     new = next(letter for letter in string.ascii_letters if letter not in equation)
-    *terms, out = _terms(equation)
+    *terms, out = split_terms(equation)
     left, right = (
         term if axis is None else term[:axis] + new + term[axis:]
         for term, axis in zip(terms, axes, strict=True)

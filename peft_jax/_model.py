@@ -1,15 +1,21 @@
-"""What a model is made of: the specs of its adapters, found by tracing it abstractly."""
+"""What a model is made of: the specs of its layers and adapters, found by tracing it abstractly."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
+from flax.core import meta
 
-from peft_jax._spec_box import traced_specs
-from peft_jax._specs import LoraSpec
+from peft_jax._interceptor import ModuleInterceptor
+from peft_jax._registry import Call, find_layer
+from peft_jax._rules import STORAGE, Init, Rule
+from peft_jax._spec_box import SpecBox, traced_boxes, traced_specs
+from peft_jax._specs import LayerSpec, LoraSpec
+from peft_jax._wrapper import Wrapper
 
 
 def lora_specs(
@@ -43,16 +49,88 @@ def lora_specs(
     Raises:
       ValueError: where ``model`` is no unbound Linen module.
     """
+    return traced_specs(_init_of(model, "lora_specs", method), *_given(rngs), inputs, kwargs)
+
+
+def layer_specs(
+    model: nn.Module,
+    *inputs: Any,
+    method: Callable[..., Any] | str | None = None,
+    rngs: Any = None,
+    **kwargs: Any,
+) -> dict[str, LayerSpec]:
+    """The spec of every weight whose layer is registered and runs when the model is called so.
+
+    As `lora_specs`, which see for the arguments: the model is initialized abstractly. Layers are
+    those of Flax (Dense, Einsum, DenseGeneral, Conv, Embed) and those given to `register_layer`;
+    a layer under ``nn.WeightNorm`` or ``nn.SpectralNorm``, whose weight is not the one that is
+    stored, is left out.
+
+    Example::
+
+      specs = peft.layer_specs(model, jax.ShapeDtypeStruct((1, 128), "int32"))
+      small = peft.quantize_checkpoint(params, method="int4", specs=specs)
+
+    Returns:
+      From the slashed path of each weight (``block_0/dense/kernel``) to its `LayerSpec`.
+
+    Raises:
+      ValueError: where ``model`` is no unbound Linen module.
+    """
+    init = _init_of(model, "layer_specs", method)
+    with ModuleInterceptor(_recorded):
+        boxes = traced_boxes(init, *_given(rngs), inputs, kwargs)
+    return {
+        path: dataclasses.replace(box.spec, stack_axes=box.stack_axes)
+        for path, box in boxes.items()
+        if isinstance(box.spec, LayerSpec)
+    }
+
+
+def _init_of(model: nn.Module, caller: str, method: Any) -> Callable[..., Any]:
     if not isinstance(model, nn.Module) or model.scope is not None:
         raise ValueError(
-            f"lora_specs takes an unbound Linen module, got {type(model).__name__}"
+            f"{caller} takes an unbound Linen module, got {type(model).__name__}"
             f"{' that is bound' if isinstance(model, nn.Module) else ''}. Give the model itself, "
             "not its parameters, nor a module inside `apply`."
         )
-    if rngs is None:
-        rngs = {"params": jax.eval_shape(lambda: jax.random.key(0))}
 
     def init(rngs: Any, inputs: Any, kwargs: Any) -> Any:
         return model.init(rngs, *inputs, method=method, **kwargs).get("params", {})
 
-    return traced_specs(init, rngs, inputs, kwargs)
+    return init
+
+
+def _given(rngs: Any) -> tuple[Any]:
+    if rngs is None:
+        rngs = {"params": jax.eval_shape(lambda: jax.random.key(0))}
+    return (rngs,)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RecordingRule(Rule):
+    """Labels the weight of a layer with the layer's spec."""
+
+    order: ClassVar[int] = STORAGE
+    name: ClassVar[str] = "layer spec"
+
+    def at_weight(self, call: Call) -> bool:
+        return True
+
+    def read(self, call: Call, name: str, make: Init, read: Callable[[Init], Any]) -> Any:
+        layer = find_layer(call.module)
+        mapped = any(part.startswith("map_variables(") for part in call.module.scope.debug_path)
+        if layer is None or name != layer.param or mapped:
+            return read(make)
+        spec = LayerSpec(layer.equation(call), layer.kind)
+        return read(lambda key: SpecBox(meta.unbox(make(key)), spec))
+
+
+class _Recorded(Wrapper):
+    @nn.nowrap
+    def rule(self) -> Rule:
+        return _RecordingRule()
+
+
+def _recorded(module: nn.Module) -> nn.Module:
+    return module if find_layer(module) is None else _Recorded(wrapped=module)

@@ -1,4 +1,4 @@
-"""Where adapters lie in a parameter tree, and how they are told from the user's own branches."""
+"""Where adapters and scales lie in a parameter tree, told from what is the user's own."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ def is_adapter(name: str, branch: Any) -> bool:
         return False
     a, b = (np.shape(meta.unbox(branch[leaf])) for leaf in ("a", "b"))
     return not (a and b) or a[-1] in b
+
+
+SCALE = "scale"
+
+
+def scale_name(param: str, layer: Mapping[str, Any]) -> str | None:
+    """Under which name the scale of stored values lies beside them; None where there is none.
+
+    It is ``scale``, or ``scale_<parameter>`` where that is taken: by another stored parameter, or
+    by a parameter of the module's own.
+    """
+    return next((name for name in (f"{SCALE}_{param}", SCALE) if name in layer), None)
+
+
+def unused_scale_name(param: str, layer: Mapping[str, Any]) -> str:
+    """The name for a new scale; see `scale_name`."""
+    return f"{SCALE}_{param}" if SCALE in layer else SCALE
 
 
 def _stands_alone(name: str) -> bool:

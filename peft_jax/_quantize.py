@@ -42,6 +42,11 @@ class QuantizationMethod(enum.StrEnum):
     SFP8 = "sfp8"
     NF4 = "nf4"
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether the scale is one for each output channel, so that the layer's axes matter."""
+        return self is not QuantizationMethod.NONE and METHODS[self].block is None
+
     @classmethod
     def _missing_(cls, value: object) -> QuantizationMethod | None:
         if isinstance(value, str) and value.lower() in {member.value for member in cls}:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ from peft_jax._state import record, recording
 
 
 class SpecBox(struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """An array, the spec of its adapter, and the axes along which lifted transforms stacked it."""
+    """An array, the spec of its adapter or layer, and the axes along which lifts stacked it."""
 
     value: Any
-    spec: LoraSpec = struct.field(pytree_node=False)
+    spec: Any = struct.field(pytree_node=False)
     stack_axes: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     def unbox(self) -> Any:
@@ -50,17 +50,45 @@ def boxed(
         value = init(key, shape, dtype)
         if recording():
             return SpecBox(meta.unbox(value), spec)
-        names = getattr(metadata, "names", None)
-        if names is None or len(names) != len(kernel) or isinstance(value, meta.AxisMetadata):
+        fits = len(getattr(metadata, "names", None) or ()) == len(kernel)
+        if isinstance(value, meta.AxisMetadata) or not fits:
             return value
-        axes = tuple(names[kernel.index(c)] if c in kernel else None for c in letters)
-        return metadata.replace(value=value, names=axes)
+        places = [kernel.index(c) if c in kernel else None for c in letters]
+        return partitioned_like(metadata, value, places)
 
     return draw
 
 
+def partitioned_like(box: Any, value: Any, places: Sequence[int | None] | None = None) -> Any:
+    """An array in a box that spreads it over devices as the box of a kernel does.
+
+    Args:
+      box: of the kernel; anything without names of axes boxes nothing.
+      value: the array.
+      places: for each of its axes the kernel's, or None. None: they are the kernel's axes, of
+        which those of length one are not spread.
+    """
+    names = getattr(box, "names", None)
+    if places is None:
+        places = [i if length > 1 else None for i, length in enumerate(value.shape)]
+    if names is None or any(place is not None and place >= len(names) for place in places):
+        return value
+    axes = tuple(None if place is None else names[place] for place in places)
+    return box.replace(value=value, names=axes)
+
+
 def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
-    """Specs of the adapters that ``init(*given)`` initializes, found without making an array.
+    """Specs of the adapters that ``init(*given)`` initializes, by the path of each adapter."""
+    found = traced_boxes(init, *given)
+    return {
+        path.removesuffix("/a"): _stacked(box.spec, box.stack_axes)
+        for path, box in found.items()
+        if isinstance(box.spec, LoraSpec) and path.endswith("/a")
+    }
+
+
+def traced_boxes(init: Callable[..., Any], *given: Any) -> dict[str, SpecBox]:
+    """What ``init(*given)`` puts into boxes with specs, found without making an array.
 
     Args:
       init: from its arguments to a tree of parameters.
@@ -78,22 +106,22 @@ def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
 
     arrays = [leaf for leaf, is_array in zip(leaves, abstract, strict=True) if is_array]
     with record():
-        return _read_specs(jax.eval_shape(run, arrays))
+        return _boxes(jax.eval_shape(run, arrays))
 
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _read_specs(params: Mapping[str, Any], prefix: str = "") -> dict[str, LoraSpec]:
-    """From the path of each adapter in a recorded tree to its spec."""
-    specs: dict[str, LoraSpec] = {}
+def _boxes(params: Mapping[str, Any], prefix: str = "") -> dict[str, SpecBox]:
+    """From the path of each recorded array to its box."""
+    found: dict[str, SpecBox] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            specs |= _read_specs(value, f"{prefix}{name}/")
-        elif isinstance(value, SpecBox) and name == "a":
-            specs[prefix[:-1]] = _stacked(value.spec, value.stack_axes)
-    return specs
+            found |= _boxes(value, f"{prefix}{name}/")
+        elif isinstance(value, SpecBox):
+            found[prefix + name] = value
+    return found
 
 
 def _stacked(spec: LoraSpec, axes: tuple[int, ...]) -> LoraSpec:

@@ -1,4 +1,4 @@
-"""What arrays do not say of themselves, as plain data: the specs of adapters. No jax."""
+"""What arrays do not say of themselves, as plain data: specs of adapters and layers. No jax."""
 
 from __future__ import annotations
 
@@ -9,7 +9,71 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from peft_jax._equation import ELLIPSIS
+from peft_jax._equation import ELLIPSIS, parse_equation
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What the array of a weight does not say.
+
+    Attributes:
+      equation: the layer as ``inputs,weight->outputs``, such as ``...i,io->...o``.
+      kind: ``dense``, ``einsum``, ``dense_general``, ``conv`` or ``embed``.
+      stack_axes: as in `LoraSpec`: the axes along which the layer is stacked, innermost first, each
+        counted in the array that it was added to.
+    """
+
+    equation: str
+    kind: str = "einsum"
+    stack_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        parse_equation(self.equation)
+        axes = self.stack_axes
+        if not isinstance(axes, tuple | list) or not all(map(_is_integer, axes)):
+            raise ValueError(f"LayerSpec.stack_axes = {axes!r} is not a list of integers.")
+        if not isinstance(self.kind, str):
+            raise ValueError(f"LayerSpec.kind = {self.kind!r} is not a name.")
+        object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes that the layer contracts, counted from the end of a weight without a stack."""
+        return contracted_axes(self.equation)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON. Inverse of `from_dict`."""
+        return {**dataclasses.asdict(self), "stack_axes": list(self.stack_axes)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerSpec:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+          ValueError: on a field that is unknown or missing, or a value that is not allowed.
+        """
+        return _from_dict(cls, data)
+
+
+def _from_dict(cls: Any, data: Mapping[str, Any]) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__}.from_dict takes a dict, got {type(data).__name__}.")
+    fields = dataclasses.fields(cls)
+    unknown = sorted(set(data) - {field.name for field in fields})
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(data))
+    if unknown or missing:
+        raise ValueError(
+            f"A {cls.__name__} has the fields {sorted(field.name for field in fields)}; unknown "
+            f"here: {unknown}, missing: {missing}."
+        )
+    return cls(**data)
+
+
+def contracted_axes(equation: str) -> tuple[int, ...]:
+    """Positions in the kernel, counted from the end, of the axes that the layer sums over."""
+    layer = parse_equation(equation)
+    return tuple(layer.kernel.index(c) - len(layer.kernel) for c in layer.contracted)
 
 
 def _is_integer(value: Any) -> bool:
@@ -121,14 +185,4 @@ class LoraSpec:
         Raises:
           ValueError: on a field that is unknown or missing, or a value that is not allowed.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"LoraSpec.from_dict takes a dict, got {type(data).__name__}.")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        missing = sorted({"param", "equation", "rank"} - set(data))
-        if unknown or missing:
-            raise ValueError(
-                f"A LoraSpec has the fields {sorted(known)}; unknown here: {unknown}, missing: "
-                f"{missing}."
-            )
-        return cls(**data)
+        return _from_dict(cls, data)

@@ -28,6 +28,7 @@ FLOORS = (
     ("_normalised",),
     ("_adapters",),
     ("_quantized",),
+    ("_quantized_rules",),
     ("_wrapper",),
     ("_spec_box",),
     ("_interceptor",),
@@ -39,14 +40,16 @@ FLOORS = (
     ("_stacked",),
     ("_low_rank",),
     ("_quantized_dot",),
+    ("_tiles",),
     ("_quantize",),
+    ("_einsum",),
     ("_stored",),
     ("_names",),
     ("_specs",),
     ("_equation",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ARRAYS_ONLY = {"_low_rank", "_quantize", "_quantized_dot", "_stored"}
+ARRAYS_ONLY = {"_einsum", "_low_rank", "_quantize", "_quantized_dot", "_stored", "_tiles"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

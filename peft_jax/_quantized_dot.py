@@ -1,0 +1,349 @@
+"""Products with a quantized weight that never hold it dequantized for longer than they run.
+
+A product here is linear in its input and in the scale. It is a primitive, so that every platform
+has its own lowering, and so that derivatives keep the stored values and not the weight: the
+backward pass dequantizes again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from peft_jax._einsum import (
+    broadcasts,
+    is_contraction,
+    is_laid_out,
+    split_terms,
+    without_ellipsis,
+)
+from peft_jax._quantize import check_scale, method_of, scaled
+from peft_jax._stored import Layout, StoredValues, halves, unpack
+from peft_jax._tiles import tiled_einsum
+
+Array = jax.Array
+Type = jax.ShapeDtypeStruct
+
+
+# --- What is computed ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A function of an input and a weight, linear in both."""
+
+    def __call__(self, x: Array, weight: Array) -> Array:
+        """The product with a weight of the input's dtype."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
+    ) -> Array:
+        """The product with stored values, by dequantizing all of them."""
+        if backward:
+            array = _apart(array, x, on_cpu)
+        weight = scaled(method_of(layout).values(unpack(array, layout)), scale)
+        return self(x, weight.astype(x.dtype))
+
+    def transposed(self, x: Type) -> Product:
+        """From the cotangent of the output to that of an input of this type."""
+        return _Transposed(self, x.shape, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Einsum(Product):
+    """``einsum(equation, x, weight)``; every axis has a letter.
+
+    Attributes:
+      equation: with a letter for every axis.
+      precision: as in ``jax.lax.dot_general``.
+      dtype: of the output.
+    """
+
+    equation: str
+    precision: Any
+    dtype: Any
+
+    def __call__(self, x: Array, weight: Array) -> Array:
+        return jnp.einsum(
+            self.equation,
+            x,
+            weight,
+            precision=self.precision,
+            preferred_element_type=self.dtype,
+        )
+
+    def evaluate(
+        self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
+    ) -> Array:
+        """The product, in tiles on CPU."""
+        if on_cpu and is_contraction(self.equation):
+            y = tiled_einsum(self.equation, x, array, scale, layout, precision=self.precision)
+            if y is not None:
+                return y.astype(self.dtype)
+        return super().evaluate(x, array, scale, layout=layout, backward=backward, on_cpu=on_cpu)
+
+    def transposed(self, x: Type) -> Product:
+        """The equation with input and output in each other's place."""
+        left, right, out = split_terms(self.equation)
+        if not is_contraction(self.equation):
+            return super().transposed(x)
+        return Einsum(f"{out},{right}->{left}", self.precision, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Product):
+    """``lax.conv_general_dilated(x, weight, **options)``.
+
+    Attributes:
+      options: names and values, which are hashable.
+    """
+
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: Array, weight: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, weight, **dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transposed(Product):
+    product: Product
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __call__(self, x: Array, weight: Array) -> Array:
+        (y,) = jax.linear_transpose(
+            lambda x: self.product(x, weight.astype(self.dtype)), Type(self.shape, self.dtype)
+        )(x)
+        return y
+
+    def transposed(self, x: Type) -> Product:
+        return self.product
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vmapped(Product):
+    """A product for each index of a leading axis of some of the operands.
+
+    Attributes:
+      product: that of one index.
+      mapped: whether ``x``, the stored array and the scale have the axis.
+    """
+
+    product: Product
+    mapped: tuple[bool, bool, bool]
+
+    def evaluate(
+        self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
+    ) -> Array:
+        """One by one on CPU, where XLA (jaxlib 0.10.2) aborts on some products with batch axes."""
+        one = functools.partial(
+            self.product.evaluate, layout=layout, backward=backward, on_cpu=on_cpu
+        )
+        if not on_cpu:
+            return jax.vmap(one, tuple(0 if mapped else None for mapped in self.mapped))(
+                x, array, scale
+            )
+        operands = (x, array, scale)
+
+        def run(given: tuple[Array, ...]) -> Array:
+            slices = iter(given)
+            pairs = zip(operands, self.mapped, strict=True)
+            return one(*(next(slices) if mapped else whole for whole, mapped in pairs))
+
+        pairs = zip(operands, self.mapped, strict=True)
+        return jax.lax.map(run, tuple(operand for operand, mapped in pairs if mapped))
+
+    def transposed(self, x: Type) -> Product:
+        return _Vmapped(self.product.transposed(Type(x.shape[1:], x.dtype)), self.mapped)
+
+
+def _apart(array: Array, x: Array, on_cpu: bool) -> Array:
+    """The same bits, which XLA cannot tell to be those of the forward pass.
+
+    Otherwise it would dequantize once, and keep the weight of every layer until the backward pass.
+    """
+    if not on_cpu:
+        return jax.lax.optimization_barrier((array, x))[0]
+    # On CPU barriers are gone before equal expressions are merged. No number is both NaN and
+    # infinite, but XLA does not know.
+    first = jax.lax.slice(x.reshape(-1), (0,), (1,))[0] if x.size else jnp.zeros((), x.dtype)
+    never = jnp.isnan(first) & jnp.isinf(first)
+    return array ^ never.astype(array.dtype)
+
+
+# --- The primitive -------------------------------------------------------------------------------
+
+
+def _evaluate(
+    x: Array,
+    array: Array,
+    scale: Array,
+    *,
+    product: Product,
+    layout: Layout,
+    backward: bool,
+    on_cpu: bool,
+) -> Array:
+    return product.evaluate(x, array, scale, layout=layout, backward=backward, on_cpu=on_cpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _output_type(*types: Type, **params: Any) -> jax.core.ShapedArray:
+    out = jax.eval_shape(functools.partial(_evaluate, **params, on_cpu=False), *types)
+    return jax.core.ShapedArray(out.shape, out.dtype)
+
+
+def _abstract(*operands: Any, **params: Any) -> jax.core.ShapedArray:
+    return _output_type(*(Type(operand.shape, operand.dtype) for operand in operands), **params)
+
+
+def _run(*operands: Any, **params: Any) -> Array:
+    return jax.jit(functools.partial(_product_p.bind, **params))(*operands)
+
+
+def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: Any) -> Any:
+    x, array, scale = primals
+    dx, _, dscale = tangents
+    terms = [
+        _product_p.bind(a, array, b, **params)
+        for a, b, tangent in ((dx, scale, dx), (x, dscale, dscale))
+        if not isinstance(tangent, ad.Zero)
+    ]
+    return _product_p.bind(x, array, scale, **params), functools.reduce(jnp.add, terms)
+
+
+def _transpose(
+    cotangent: Any, x: Any, array: Any, scale: Any, *, product: Product, **params: Any
+) -> Any:
+    if isinstance(cotangent, ad.Zero):
+        return None, None, None
+    if ad.is_undefined_primal(x):
+        transposed = product.transposed(Type(x.aval.shape, x.aval.dtype))
+        params = {**params, "backward": True}
+        return _product_p.bind(cotangent, array, scale, product=transposed, **params), None, None
+
+    def of_scale(scale: Array) -> Array:
+        return _evaluate(x, array, scale, product=product, **params, on_cpu=False)
+
+    (dscale,) = jax.linear_transpose(of_scale, Type(scale.aval.shape, scale.aval.dtype))(cotangent)
+    return None, None, dscale
+
+
+def _batch(operands: Any, axes: Any, *, product: Product, **params: Any) -> tuple[Array, int]:
+    x, array, scale = operands
+    if isinstance(product, Einsum) and is_contraction(product.equation) and axes[1:] == (None,) * 2:
+        left, right, out = split_terms(product.equation)
+        new = next((c for c in string.ascii_letters if c not in product.equation), None)
+        if new is not None:
+            left = left[: axes[0]] + new + left[axes[0] :]
+            product = dataclasses.replace(product, equation=f"{left},{right}->{new}{out}")
+            return _product_p.bind(x, array, scale, product=product, **params), 0
+    size = next(
+        operand.shape[axis]
+        for operand, axis in zip(operands, axes, strict=True)
+        if axis is not None
+    )
+    moved = [
+        operand if axis is None else jnp.moveaxis(operand, axis, 0)
+        for operand, axis in zip(operands, axes, strict=True)
+    ]
+    if axes[0] is None:  # so that its cotangent is summed over the axis
+        moved[0] = jnp.broadcast_to(x, (size, *x.shape))
+    mapped = (True, axes[1] is not None, axes[2] is not None)
+    return _product_p.bind(*moved, product=_Vmapped(product, mapped), **params), 0
+
+
+_product_p = Primitive("quantized_product")
+_product_p.def_impl(_run)
+_product_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[_product_p] = _derivative
+ad.primitive_transposes[_product_p] = _transpose
+batching.primitive_batchers[_product_p] = _batch
+mlir.register_lowering(
+    _product_p, mlir.lower_fun(functools.partial(_evaluate, on_cpu=False), multiple_results=False)
+)
+mlir.register_lowering(
+    _product_p,
+    mlir.lower_fun(functools.partial(_evaluate, on_cpu=True), multiple_results=False),
+    platform="cpu",
+)
+
+
+# --- For layers ----------------------------------------------------------------------------------
+
+
+def quantized_einsum(
+    equation: str,
+    x: Array,
+    values: StoredValues,
+    scale: Array,
+    *,
+    precision: Any = None,
+    dtype: Any = None,
+) -> Array:
+    """``einsum(equation, x, dequantize(values, scale))``, with the weight in tiles where it helps.
+
+    Args:
+      equation: ``inputs,weight->outputs``; an ellipsis may stand in input and output.
+      x: the layer's input.
+      values: the stored weight.
+      scale: of the weight.
+      precision: as in ``jax.lax.dot_general``.
+      dtype: of the output; None: that of ``x``.
+
+    Returns:
+      The product. Its derivatives by ``x`` and ``scale`` are exact, and keep no dequantized weight.
+    """
+    equation = without_ellipsis(equation, x.ndim)
+    product = Einsum(equation, precision, jnp.dtype(x.dtype if dtype is None else dtype))
+    if broadcasts(equation, x.shape, values.shape):
+        check_scale(values.shape, scale.shape)
+        return product.evaluate(
+            x, values.array, scale, layout=values.layout, backward=False, on_cpu=False
+        )
+    return quantized_product(product, x, values, scale)
+
+
+def quantized_product(product: Product, x: Array, values: StoredValues, scale: Array) -> Array:
+    """``product(x, dequantize(values, scale))``."""
+    check_scale(values.shape, scale.shape)
+    params: dict[str, Any] = {"product": product, "layout": values.layout, "backward": False}
+    if is_laid_out(x) or is_laid_out(values.array):
+        return _evaluate(x, values.array, scale, **params, on_cpu=False)
+    return _product_p.bind(x, values.array, scale, **params)
+
+
+def quantized_rows(values: StoredValues, scale: Array, ids: Array, dtype: Any) -> Array:
+    """``jnp.take(dequantize(values, scale), ids, axis=0)``, of which only the rows are dequantized.
+
+    Args:
+      values: a stored table of shape ``(rows, features)``.
+      scale: of the table.
+      ids: integers of any shape; rows that are not there are NaN, as ``jnp.take`` has it.
+      dtype: of the result.
+    """
+    check_scale(values.shape, scale.shape)
+    rows, features = values.shape
+    layout, array = values.layout, values.array
+    ids = jnp.where(ids < 0, ids + rows, ids)
+    there = (ids >= 0) & (ids < rows)
+    ids = jnp.where(there, ids, 0)
+    if layout.axis is not None and layout.axis % 2 == 0:
+        half = array.shape[0]
+        low, high = halves(jnp.take(array, ids % half, axis=0))
+        codes = jnp.where((ids >= half)[..., None], high, low)
+    else:
+        layout = dataclasses.replace(layout, axis=layout.axis and -1)
+        codes = unpack(jnp.take(array, ids, axis=0), layout)
+    factors = jnp.take(scale, ids // (rows // scale.shape[0]), axis=0)
+    numbers = method_of(layout).values(codes).reshape(-1, features)
+    found = scaled(numbers, factors.reshape(-1, scale.shape[1])).reshape(codes.shape)
+    return jnp.where(there[..., None], found, jnp.nan).astype(dtype)

@@ -1,0 +1,316 @@
+"""What quantized wrappers do to a layer: where its weight is read, and how its product runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import string
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Array
+
+from peft_jax._interceptor import patched
+from peft_jax._names import scale_name, unused_scale_name
+from peft_jax._quantize import (
+    QuantizationMethod,
+    check_scale,
+    dequantize,
+    quantize,
+    simulate_quantize,
+)
+from peft_jax._quantized_dot import (
+    Convolution,
+    quantized_einsum,
+    quantized_product,
+    quantized_rows,
+)
+from peft_jax._registry import Call, Layer, layer_type, require_layer
+from peft_jax._rules import SIMULATION, STORAGE, Init, Rule
+from peft_jax._spec_box import partitioned_like
+from peft_jax._specs import contracted_axes
+from peft_jax._state import recording
+from peft_jax._stored import StoredValues, as_stored
+
+_IN_PARTS = "_peft_jax_in_parts"
+
+
+# --- Simulation ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationRule(Rule):
+    """The layer reads its weight as quantization would leave it."""
+
+    order: ClassVar[int] = SIMULATION
+    name: ClassVar[str] = "simulated quantization"
+    wrapper: str
+    method: QuantizationMethod
+
+    def at_weight(self, call: Call) -> bool:
+        return self.method is not QuantizationMethod.NONE
+
+    def transform(self, call: Call, name: str, value: Any) -> Any:
+        layer = require_layer(call.module, f"{self.wrapper} wraps")
+        if name != layer.param or recording():
+            return value
+        with _at(call, name):
+            return simulate_quantize(value, self.method, _axes(self.method, layer, call))
+
+
+# --- Storage -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageRule(Rule):
+    """The layer's weight is stored in few bits."""
+
+    order: ClassVar[int] = STORAGE
+    name: ClassVar[str] = "stored values"
+    wrapper: str
+    method: QuantizationMethod
+
+    def at_weight(self, call: Call) -> bool:
+        return True
+
+    def read(self, call: Call, name: str, make: Init, read: Callable[[Init], Any]) -> Any:
+        layer, module = require_layer(call.module, f"{self.wrapper} wraps"), call.module
+        if name != layer.param or recording():
+            return read(make)
+        if not module.has_variable("params", name):
+            return self._store(call, layer, read(make))
+        weight = self._stored(call, layer)
+        made = meta.unbox(jax.eval_shape(make, jax.random.key(0)))
+        if weight.shape != made.shape:
+            raise ValueError(
+                f"'{call.path}/{name}' holds stored values of shape {weight.shape}, but "
+                f"{type(module).__name__} needs {made.shape}. Give the parameters of this model."
+            )
+        kept = module.get_variable("params", name)
+        box = read(lambda key: kept)
+        weight = weight.astype(made.dtype)
+        value = weight if module.__dict__.get(_IN_PARTS) else weight.dequantized()
+        return meta.replace_boxed(box, value) if isinstance(box, meta.AxisMetadata) else value
+
+    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        layer = require_layer(call.module, f"{self.wrapper} wraps")
+        run = None if call.changed or recording() else _product(call, layer)
+        if run is None or not call.module.has_variable("params", layer.param):
+            return proceed()
+        return run(call, functools.partial(self._stored, call, layer), proceed)
+
+    def _store(self, call: Call, layer: Layer, drawn: Any) -> Any:
+        """Puts the quantized weight in the place of the one that the layer has drawn."""
+        scope, value = call.module.scope, meta.unbox(drawn)
+        with _at(call, layer.param):
+            values, scale = quantize(value, self.method, _axes(self.method, layer, call))
+        scale_at = unused_scale_name(layer.param, scope.variables().get("params", {}))
+        scope.put_variable("params", layer.param, meta.replace_boxed(drawn, values))
+        scope.put_variable("params", scale_at, partitioned_like(drawn, scale))
+        return meta.replace_boxed(drawn, dequantize(values, scale, value.dtype))
+
+    def _stored(self, call: Call, layer: Layer) -> Weight:
+        """The stored weight of the layer, if it is what this rule reads."""
+        params, at = call.module.scope.variables()["params"], f"{call.path}/{layer.param}"
+        stored = as_stored(meta.unbox(params[layer.param]))
+        if stored is None:
+            raise ValueError(
+                f"'{at}' holds {_described(meta.unbox(params[layer.param]))}, but {self.wrapper} "
+                f"reads stored {self.method.value} values. Quantize the parameters by "
+                f"`peft.quantize_checkpoint(params, method={self.method.value!r})`."
+            )
+        if stored.method != self.method.value:
+            raise ValueError(
+                f"'{at}' holds stored {stored.method} values, but {self.wrapper} reads those of "
+                f"{self.method.value}. Wrap the layer with method={stored.method!r}."
+            )
+        name = scale_name(layer.param, params)
+        if name is None:
+            raise ValueError(
+                f"'{at}' holds stored values without their scale: beside them lie "
+                f"{sorted(params)}. Keep both, as `peft.quantize_checkpoint` makes them."
+            )
+        scale = meta.unbox(params[name])
+        with _at(call, layer.param):
+            check_scale(stored.shape, jnp.shape(scale))
+        return Weight(stored, scale, jnp.dtype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A stored weight on its way through a layer's own forward, in the place of an array.
+
+    Attributes:
+      values: what is stored.
+      scale: of the values.
+      dtype: that of the array whose place it takes.
+    """
+
+    values: StoredValues
+    scale: Array
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array whose place it takes."""
+        return self.values.shape
+
+    def astype(self, dtype: Any) -> Weight:
+        """The same weight, to be computed with in this dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def dequantized(self) -> Array:
+        """The array."""
+        return dequantize(self.values, self.scale, self.dtype)
+
+
+def _axes(method: QuantizationMethod, layer: Layer, call: Call) -> tuple[int, ...] | None:
+    """The axes over which the layer's scale is one, counted from the end."""
+    return contracted_axes(layer.equation(call)) if method.per_channel else None
+
+
+@contextlib.contextmanager
+def _at(call: Call, name: str) -> Iterator[None]:
+    """Errors of array functions say which parameter they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"'{call.path}/{name}': {error}") from error
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+
+
+# --- Products of Flax's own layers ---------------------------------------------------------------
+# Each runs a call with the weight in parts. Layers of other types, and those with functions of
+# their own injected, read the dequantized weight.
+
+Run = Callable[[Call, Callable[[], Weight], Callable[[], Any]], Any]
+
+
+def _product(call: Call, layer: Layer) -> Run | None:
+    """How the call runs with the weight in parts; None where it reads the weight as a whole."""
+    cls = layer_type(call.module)
+    if call.method not in layer.methods or not layer.beside(call):
+        return None
+    for flax_type, run in _PRODUCTS.items():
+        own = getattr(flax_type, call.method, None)
+        if issubclass(cls, flax_type) and getattr(cls, call.method) is own:
+            return run
+    return None
+
+
+def _through(injected: str, function: Callable[..., Any]) -> Run:
+    """Has the layer's own forward call ``function`` for its product, with a `Weight`."""
+
+    def run(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]) -> Any:
+        with (
+            patched(call.module, _IN_PARTS, True),
+            patched(call.module, "promote_dtype", _promote),
+            patched(call.module, injected, function),
+        ):
+            return proceed()
+
+    return run
+
+
+def _promote(*args: Any, **kwargs: Any) -> list[Any]:
+    """Flax's promotion, for weights too."""
+    arrays = [jnp.zeros((), arg.dtype) if isinstance(arg, Weight) else arg for arg in args]
+    return [
+        given.astype(promoted.dtype) if isinstance(given, Weight) else promoted
+        for given, promoted in zip(args, promote_dtype(*arrays, **kwargs), strict=True)
+    ]
+
+
+def _dot_general(
+    lhs: Array,
+    rhs: Weight,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Array:
+    (left_summed, right_summed), (left_batch, right_batch) = dimension_numbers
+    left = string.ascii_letters[: lhs.ndim]
+    right = list(string.ascii_letters[lhs.ndim : lhs.ndim + len(rhs.shape)])
+    for i, j in zip((*left_summed, *left_batch), (*right_summed, *right_batch), strict=True):
+        right[j] = left[i]
+    batch = [left[i] for i in left_batch]
+    free = [c for c in (*left, *right) if (c in left) != (c in right)]
+    equation = f"{left},{''.join(right)}->{''.join(batch + free)}"
+    return quantized_einsum(
+        equation, lhs, rhs.values, rhs.scale, precision=precision, dtype=preferred_element_type
+    )
+
+
+def _conv_general_dilated(lhs: Array, rhs: Weight, *args: Any, **kwargs: Any) -> Array:
+    given = inspect.signature(jax.lax.conv_general_dilated).bind(lhs, rhs, *args, **kwargs)
+    options = tuple((name, _hashable(value)) for name, value in list(given.arguments.items())[2:])
+    return quantized_product(Convolution(options), lhs, rhs.values, rhs.scale)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _einsum(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]) -> Any:
+    """The forward of ``nn.Einsum``, which has no place for a product of ours."""
+    module, weight = call.module, stored()
+    if weight.shape != tuple(module.shape):
+        return proceed()  # which says so
+    layer = require_layer(module, "Int4Einsum wraps")
+    equation, inputs = layer.equation(call).replace(" ", ""), layer.input(call)
+    operands, outputs = equation.split("->")
+    length = dict(zip(operands.split(",")[1], module.shape, strict=True))
+    bias = None
+    if module.use_bias:
+        shape = [length[c] for c in outputs if c in length]
+        bias = module.param("bias", module.bias_init, shape, module.param_dtype)
+    inputs, kernel, bias = _promote(
+        inputs, weight.astype(module.param_dtype), bias, dtype=module.dtype
+    )
+    y = quantized_einsum(
+        equation,
+        inputs,
+        kernel.values,
+        kernel.scale,
+        precision=module.precision,
+        dtype=module.preferred_element_type,
+    )
+    if bias is None:
+        return y
+    named = outputs.replace("...", "." * (y.ndim - len(outputs.replace("...", ""))))
+    return y + bias.reshape([length.get(c, 1) for c in named])
+
+
+def _embed(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]) -> Any:
+    """The forward of ``nn.Embed`` and its ``attend``."""
+    module, weight = call.module, stored().astype(call.module.param_dtype)
+    layer = require_layer(module, "Int4Embed wraps")
+    x = layer.input(call) if call.method == "__call__" else call.argument(0, "query")
+    if weight.shape != (module.num_embeddings, module.features) or module.num_embeddings == 1:
+        return proceed()
+    if call.method == "attend":
+        x, table = _promote(x, weight, dtype=module.dtype)
+        return quantized_einsum("...f,vf->...v", x, table.values, table.scale)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        return proceed()  # which says so
+    (table,) = _promote(weight, dtype=module.dtype, inexact=False)
+    return quantized_rows(table.values, table.scale, x, table.dtype)
+
+
+_PRODUCTS: Mapping[type[nn.Module], Run] = {
+    nn.Dense: _through("dot_general", _dot_general),
+    nn.DenseGeneral: _through("dot_general", _dot_general),
+    nn.Einsum: _einsum,
+    nn.Conv: _through("conv_general_dilated", _conv_general_dilated),
+    nn.Embed: _embed,
+}
