@@ -7,6 +7,7 @@ from peft_jax._adapters import (
     LoRAEinsumAdapter,
     LoRAEmbedAdapter,
 )
+from peft_jax._checkpoint import dequantize_checkpoint, quantize_checkpoint
 from peft_jax._interceptor import Interceptor, ModuleInterceptor
 from peft_jax._lora import (
     LoRAConv,
@@ -65,11 +66,13 @@ __all__ = [
     "SimulateQuantizedEmbed",
     "StoredValues",
     "dequantize",
+    "dequantize_checkpoint",
     "fuse_params",
     "layer_specs",
     "lora_specs",
     "merge_params",
     "quantize",
+    "quantize_checkpoint",
     "register_layer",
     "simulate_quantize",
     "split_params",

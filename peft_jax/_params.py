@@ -14,6 +14,7 @@ from peft_jax._low_rank import add_once
 from peft_jax._names import is_adapter
 from peft_jax._specs import LoraSpec
 from peft_jax._stacked import spec_delta
+from peft_jax._stored import as_stored, weight_shape
 from peft_jax._trees import (
     Layer,
     Path,
@@ -217,6 +218,12 @@ def adapter_change(
             f"The adapter at '{slashed(path)}' stands alone (a LoRA...Adapter without a layer): "
             "there is no weight that it could be fused into."
         )
+    if as_stored(meta.unbox(layer.get(spec.param))) is not None:
+        raise ValueError(
+            f"The weight at '{slashed((*path[:-1], spec.param))}' is stored in few bits; an "
+            "adapter is fused into floating-point weights. Turn the parameters back first, by "
+            "`peft.dequantize_checkpoint`."
+        )
     if spec.param not in layer or is_branch(layer[spec.param]):
         raise ValueError(
             f"The adapter at '{slashed(path)}' adapts {spec.param!r}, but beside it lie "
@@ -260,14 +267,14 @@ def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraS
     weights = [
         name
         for name, value in layer.items()
-        if not is_branch(value) and jnp.ndim(meta.unbox(value)) >= 2
+        if not is_branch(value) and len(weight_shape(meta.unbox(value))) >= 2
     ]
     a, b = (jnp.shape(meta.unbox(adapter[name])) for name in ("a", "b"))
     if len(weights) == 1:
-        shape = jnp.shape(meta.unbox(layer[weights[0]]))
+        shape = weight_shape(meta.unbox(layer[weights[0]]))
         if len(a) == len(b) == 2 and a[1] == b[0] and shape == (a[0], b[1]):
             return LoraSpec(weights[0], "ir,ro->io", a[1])
-    found = {name: jnp.shape(meta.unbox(layer[name])) for name in weights}
+    found = {name: weight_shape(meta.unbox(layer[name])) for name in weights}
     raise ValueError(
         f"The adapter at '{slashed(path)}' (a {a}, b {b}) is not plainly that of one Dense layer; "
         f"beside it lie {found}. Pass specs=peft.lora_specs(model, *inputs)."

@@ -338,6 +338,7 @@ def packed_axis(
     shape: Sequence[int],
     axes: Sequence[int] | int | None,
     avoid: Sequence[int] = (),
+    among: Sequence[int] | None = None,
 ) -> int | None:
     """Along which axis two values share a byte: the longest even one of those contracted.
 
@@ -348,6 +349,7 @@ def packed_axis(
       shape: of the values.
       axes: the contracted axes; None: the axis before last.
       avoid: axes that are taken only where nothing else is left (they are spread over devices).
+      among: the axes that may be taken; None: all.
 
     Returns:
       An axis counted from the end; None for values of eight bits.
@@ -362,7 +364,12 @@ def packed_axis(
     def rating(axis: int) -> tuple[bool, bool, bool, int]:
         return shape[axis] % 2 == 0, axis not in avoided, axis in contracted, shape[axis]
 
-    return max(range(rank), key=rating) - rank
+    if among is not None and not among:
+        raise ValueError(
+            f"Each of its axes, of lengths {tuple(shape)}, lies between axes along which the layer "
+            "is stacked, where packed values cannot be told. Move the stack to axis 0."
+        )
+    return max(range(rank) if among is None else among, key=rating) - rank
 
 
 def layout_of(method: QuantizationMethod, shape: Sequence[int], packed: int | None) -> Layout:

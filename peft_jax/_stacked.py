@@ -28,6 +28,14 @@ def stack_back(array: Array, axes: tuple[int, ...]) -> Array:
     return array
 
 
+def layer_axes(ndim: int, axes: tuple[int, ...]) -> list[int]:
+    """Positions of the layer's own axes in an array of stacked layers; see `stack_first`."""
+    order = list(range(ndim))
+    for front, axis in enumerate(reversed(axes)):
+        order.insert(front, order.pop(front + axis % (ndim - front)))
+    return order[len(axes) :]
+
+
 def adapter_shapes(spec: LoraSpec, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Shapes of `a` and `b` for a kernel of this shape, stack axes in front (see `stack_first`)."""
     a, b, letters = spec.letters

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from flax.core import meta
+
 from peft_jax._names import is_adapter
+from peft_jax._stored import as_stored
 
 Path = tuple[str, ...]
 Layer = dict[str, Any]
@@ -62,3 +65,14 @@ def adapter_paths(tree: Any) -> list[str]:
 
     map_layers(tree, note)
     return paths
+
+
+def stored_paths(tree: Any, path: Path = ()) -> list[Path]:
+    """Paths of all values that are stored in few bits."""
+    if as_stored(meta.unbox(tree)) is not None:
+        return [path]
+    if not is_branch(tree):
+        return []
+    return [
+        found for key, value in children(tree) for found in stored_paths(value, (*path, str(key)))
+    ]

@@ -24,6 +24,7 @@ from peft_jax._trees import (
     map_layers,
     rebuild,
     slashed,
+    stored_paths,
 )
 
 
@@ -72,6 +73,12 @@ def unfuse_params(
             raise ValueError(
                 f"unfuse_params: {name} holds adapters ({paths[:3]}); it is a tree for the plain "
                 "model. Take them off by `split_params`."
+            )
+        stored = stored_paths(tree)
+        if stored:
+            raise ValueError(
+                f"unfuse_params: {name} holds values stored in few bits at '{slashed(stored[0])}'. "
+                "Turn it back by `peft.dequantize_checkpoint`."
             )
     if lora is None:
         return _recover(fused, original, specs, rank)

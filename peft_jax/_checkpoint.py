@@ -1,0 +1,427 @@
+"""Whole checkpoints to few bits and back, one weight at a time."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from peft_jax._names import is_adapter, scale_name, unused_scale_name
+from peft_jax._quantize import (
+    QuantizationMethod,
+    blocks_of,
+    check_range,
+    dequantize,
+    encode,
+    packed_axis,
+)
+from peft_jax._spec_box import partitioned_like
+from peft_jax._specs import LayerSpec
+from peft_jax._stacked import layer_axes
+from peft_jax._stored import Layout, StoredValues, as_stored
+from peft_jax._trees import Path, children, is_branch, rebuild, slashed
+
+Array = jax.Array
+Select = Callable[[str], bool] | str | re.Pattern[str]
+
+# Their blocks lie along the last axes, whichever axes the layer contracts.
+_ANY_LAYOUT = (QuantizationMethod.Q4_0, QuantizationMethod.Q4_0_TRANSPOSE)
+
+
+def quantize_checkpoint(
+    params: Any,
+    *,
+    method: QuantizationMethod | str,
+    specs: Mapping[str, LayerSpec] | None = None,
+    select: Select | None = None,
+    progress: bool = False,
+    donate: bool = False,
+) -> Any:
+    """Stores weights in few bits: ``kernel`` becomes `StoredValues`, with its ``scale`` beside it.
+
+    Weights are taken one by one, so that memory holds the input, the output and one weight. Each
+    keeps its box and its place on devices. Inverse, up to rounding: `dequantize_checkpoint`.
+
+    Args:
+      params: nested dicts, FrozenDicts, lists and tuples. Adapters, and values that are stored
+        already, are passed on.
+      method: see `QuantizationMethod`; ``NONE`` returns the tree as it is.
+      specs: from `layer_specs`: every weight in them is taken, by its equation. Without them,
+        every ``kernel`` of two axes is, as ``(in, out)``; a kernel of more axes too by the Q4_0
+        pair, while for other methods it raises.
+      select: a function of a weight's slashed path, or a regular expression that is searched for
+        in it: which of the weights in ``specs`` are taken, or, without specs, which of all
+        weights of two or more axes, whatever their names.
+      progress: whether to show a bar.
+      donate: whether each weight is deleted once it is stored, so that memory holds no more than
+        the larger of input and output and one weight. ``params`` is of no use afterwards, not even
+        where an error ended the work.
+
+    Returns:
+      The tree with stored values. It works under ``jax.jit`` and ``jax.eval_shape`` too.
+
+    Raises:
+      ValueError: with the path: where blocks do not divide a weight, equations are needed, a spec
+        or ``select`` matches nothing, or numbers are not finite. No weight has been touched then.
+    """
+    method = QuantizationMethod(method)
+    if method is QuantizationMethod.NONE:
+        return params
+    chosen = _chosen(params, method, specs, select)
+    plans = {path: _planned(path, chosen[path], method, specs) for path in chosen}
+    times = collections.Counter(id(value) for value in chosen.values())
+    done: dict[Path, tuple[Any, Any]] = {}
+    for path in _shown(chosen, f"quantize to {method.value}", progress):
+        done[path] = _quantized(path, chosen[path], plans[path])
+        times[id(chosen[path])] -= 1
+        if donate and not times[id(chosen[path])]:
+            _delete(chosen[path])
+    return _with_stored(params, done)
+
+
+def dequantize_checkpoint(
+    params: Any, *, dtype: Any = jnp.float32, progress: bool = False, donate: bool = False
+) -> Any:
+    """Turns stored values back into weights for the plain model: ``value(q) * scale``.
+
+    Args:
+      params: a tree with stored values, from `quantize_checkpoint` or read back from a file, where
+        they may be plain dicts. Other leaves are passed on.
+      dtype: of the weights.
+      progress: whether to show a bar.
+      donate: as for `quantize_checkpoint`.
+
+    Returns:
+      The tree without stored values and without their scales.
+
+    Raises:
+      ValueError: with the path, where stored values have no scale or one that does not fit.
+    """
+    found = dict(_stored_weights(params, ()))
+    done: dict[Path, Any] = {}
+    for path in _shown(
+        {path: stored for path, (stored, _) in found.items()}, "dequantize", progress
+    ):
+        box, scale = found[path]
+        stored = as_stored(meta.unbox(box))
+        assert stored is not None
+        try:
+            weight = _restore(stored, meta.unbox(scale), dtype)
+        except ValueError as error:
+            raise ValueError(f"'{slashed(path)}': {error}") from error
+        done[path] = meta.replace_boxed(box, weight) if _is_boxed(box) else weight
+        if donate:
+            _delete(stored)
+            _delete(scale)
+    return _without_stored(params, done, ())
+
+
+# --- Which weights, and how ----------------------------------------------------------------------
+
+
+def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Paths and values of the floats that are neither adapters nor stored already."""
+    if not is_branch(tree):
+        if hasattr(meta.unbox(tree), "dtype") and as_stored(meta.unbox(tree)) is None:
+            yield path, tree
+        return
+    for key, value in children(tree):
+        skipped = isinstance(tree, Mapping) and is_adapter(key, value)
+        if not skipped and as_stored(value) is None:
+            yield from _leaves(value, (*path, str(key)))
+
+
+def _chosen(
+    params: Any, method: QuantizationMethod, specs: Mapping[str, LayerSpec] | None, select: Any
+) -> dict[Path, Any]:
+    leaves = dict(_leaves(params))
+    by_name = {"/".join(path): path for path in leaves}
+    if specs is not None:
+        _check_specs(specs, by_name, params)
+        candidates = [by_name[name] for name in specs]
+    elif select is None:
+        candidates = [
+            path for path, leaf in leaves.items() if path[-1:] == ("kernel",) and _rank(leaf) >= 2
+        ]
+    else:
+        candidates = [path for path, leaf in leaves.items() if _rank(leaf) >= 2]
+    if select is not None:
+        wanted = _predicate(select)
+        candidates = [path for path in candidates if wanted("/".join(path))]
+    if not candidates:
+        names = ["/".join(path) for path, leaf in leaves.items() if _rank(leaf) >= 2]
+        close = difflib.get_close_matches(str(getattr(select, "pattern", select)), names, 5, 0.0)
+        raise ValueError(
+            f"quantize_checkpoint: select={select!r} and specs leave nothing to quantize. Weights "
+            f"of two or more axes are {close if select is not None else names[:5]}"
+            f"{' and others' if len(names) > 5 else ''}."
+        )
+    return {path: leaves[path] for path in candidates}
+
+
+def _check_specs(specs: Any, by_name: Mapping[str, Path], params: Any) -> None:
+    if not isinstance(specs, Mapping) or not all(
+        isinstance(spec, LayerSpec) for spec in specs.values()
+    ):
+        raise ValueError(
+            "quantize_checkpoint: specs map the slashed path of each weight to its LayerSpec, as "
+            f"`peft.layer_specs(model, *inputs)` makes them; got {specs!r:.200}."
+        )
+    missing = sorted(set(specs) - set(by_name))
+    if missing:
+        whole = isinstance(params, Mapping) and set(params) == {"params"}
+        remedy = (
+            "Pass variables['params'], without the name of the collection."
+            if whole
+            else "Take the specs from the model that made the parameters; values that are stored "
+            "already have none."
+        )
+        raise ValueError(
+            f"quantize_checkpoint: specs name weights that the tree does not hold: {missing}. "
+            f"{remedy}"
+        )
+
+
+def _predicate(select: Any) -> Callable[[str], bool]:
+    if isinstance(select, str | re.Pattern):
+        try:
+            pattern = re.compile(select)
+        except re.error as error:
+            raise ValueError(f"select={select!r} is no regular expression: {error}.") from error
+        return lambda name: pattern.search(name) is not None
+    if not callable(select):
+        raise ValueError(
+            f"select is a function of a slashed path, or a regular expression, got {select!r}."
+        )
+    return select
+
+
+def _rank(leaf: Any) -> int:
+    return len(np.shape(meta.unbox(leaf)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How one weight is stored."""
+
+    method: QuantizationMethod
+    blocks: tuple[int, ...]
+    packed: int | None
+    layout: Layout
+
+
+def _planned(
+    path: Path, leaf: Any, method: QuantizationMethod, specs: Mapping[str, LayerSpec] | None
+) -> _Plan:
+    value, name = meta.unbox(leaf), "/".join(path)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(
+            f"'{name}' is {value.dtype}{list(value.shape)}; floating-point weights are quantized. "
+            "Leave it out (`select=`)."
+        )
+    spec = None if specs is None else specs[name]
+    if spec is None and value.ndim != 2 and method not in _ANY_LAYOUT:
+        raise ValueError(
+            f"'{name}' has shape {value.shape}: {method.name} depends on which of its axes the "
+            "layer contracts. Pass specs=peft.layer_specs(model, *inputs), or leave it out "
+            "(`select=`)."
+        )
+    stack = () if spec is None else spec.stack_axes
+    contracted = None if spec is None else spec.axes
+    order = layer_axes(value.ndim, stack)
+    shape = [value.shape[i] for i in order]
+    try:
+        inner = blocks_of(method, shape, contracted if method.per_channel else None)
+        spread = [i for i, place in enumerate(order) if place in _spread_axes(value)]
+        stacked = sorted(set(range(value.ndim)) - set(order))
+        nameable = [
+            i
+            for i, place in enumerate(order)
+            if not stacked or place > stacked[-1] or place < stacked[0]
+        ]
+        packed = packed_axis(method, shape, contracted, avoid=spread, among=nameable)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from error
+    blocks = [1] * value.ndim
+    for i, place in enumerate(order):
+        blocks[place] = inner[i]
+    if packed is None:
+        return _Plan(method, tuple(blocks), None, Layout(method.value))
+    place = order[packed]
+    from_end = not stacked or place > stacked[-1]
+    layout = Layout(method.value, place - value.ndim if from_end else place, shape[packed] % 2 == 1)
+    return _Plan(method, tuple(blocks), place, layout)
+
+
+def _shown(values: Mapping[Path, Any], verb: str, progress: bool) -> Iterator[Path]:
+    """The paths, with a bar that counts bytes."""
+    total = sum(map(_bytes, values.values()))
+    with tqdm(
+        total=total, desc=verb, unit="B", unit_scale=True, disable=not progress, leave=False
+    ) as bar:
+        for path, value in values.items():
+            bar.set_postfix_str("/".join(path), refresh=False)
+            yield path
+            bar.update(_bytes(value))
+
+
+def _bytes(value: Any) -> int:
+    return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
+
+
+def _delete(value: Any) -> None:
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            leaf.delete()
+
+
+# --- One weight ----------------------------------------------------------------------------------
+
+
+def _quantized(path: Path, box: Any, plan: _Plan) -> tuple[Any, Any]:
+    """The stored values of a weight in its box, and their scale in one like it."""
+    x = jnp.asarray(meta.unbox(box))
+    array_at, scale_at = _places(x, plan)
+    run = _encoder(plan, array_at, scale_at)
+    array, scale, (finite, fits) = run(x)
+    try:
+        check_range(plan.method, finite, fits)  # waits for the weight: one at a time
+    except ValueError as error:
+        raise ValueError(f"'{slashed(path)}': {error}") from error
+    stored = StoredValues(plan.layout, array)
+    if not _is_boxed(box):
+        return stored, scale
+    return meta.replace_boxed(box, stored), partitioned_like(box, scale)
+
+
+@functools.lru_cache(maxsize=1024)
+def _encoder(plan: _Plan, array_at: Any, scale_at: Any) -> Callable[[Array], Any]:
+    def run(x: Array) -> Any:
+        return encode(x, plan.method.value, plan.blocks, plan.packed)
+
+    return jax.jit(run, out_shardings=(array_at, scale_at, None))
+
+
+def _places(x: Array, plan: _Plan) -> tuple[Any, Any]:
+    """Where the stored array and its scale lie, if the weight is spread over named axes."""
+    sharding = _named_sharding(x)
+    if sharding is None:
+        return None, None
+    packed = [n if i != plan.packed else -(-n // 2) for i, n in enumerate(x.shape)]
+    scale = [n // block for n, block in zip(x.shape, plan.blocks, strict=True)]
+    return _like(sharding, packed), _like(sharding, scale)
+
+
+def _named_sharding(x: Any) -> NamedSharding | None:
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return None
+    return x.sharding if isinstance(x.sharding, NamedSharding) else None
+
+
+def _like(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The same sharding, without the axes whose lengths the devices do not divide."""
+    names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    kept = [
+        name if length % _parts(sharding, name) == 0 else None
+        for length, name in zip(shape, names, strict=True)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
+
+
+def _parts(sharding: NamedSharding, name: Any) -> int:
+    """Over how many devices an axis is spread."""
+    axes = () if name is None else name if isinstance(name, tuple) else (name,)
+    return int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=int))
+
+
+def _spread_axes(x: Any) -> list[int]:
+    sharding = _named_sharding(x)
+    if sharding is None:
+        return []
+    return [i for i, name in enumerate(sharding.spec) if _parts(sharding, name) > 1]
+
+
+def _restore(stored: StoredValues, scale: Any, dtype: Any) -> Array:
+    sharding = _named_sharding(stored.array)
+    at = None if sharding is None else _like(sharding, stored.shape)
+    weight = _decoder(jnp.dtype(dtype), at)(stored, scale)
+    return weight if isinstance(weight, jax.core.Tracer) else weight.block_until_ready()
+
+
+@functools.lru_cache(maxsize=256)
+def _decoder(dtype: Any, at: Any) -> Callable[[StoredValues, Array], Array]:
+    return jax.jit(lambda stored, scale: dequantize(stored, scale, dtype), out_shardings=at)
+
+
+def _is_boxed(value: Any) -> bool:
+    return isinstance(value, meta.AxisMetadata)
+
+
+# --- Trees ---------------------------------------------------------------------------------------
+
+
+def _with_stored(tree: Any, done: Mapping[Path, tuple[Any, Any]], path: Path = ()) -> Any:
+    if not is_branch(tree):
+        return tree
+    here: dict[Any, Any] = {}
+    scales: dict[str, Any] = {}
+    for key, value in children(tree):
+        inner = (*path, str(key))
+        if inner not in done:
+            here[key] = _with_stored(value, done, inner)
+            continue
+        if not isinstance(tree, Mapping):
+            raise ValueError(
+                f"'{slashed(inner)}' lies in a {type(tree).__name__}, where there is no place "
+                "beside it for its scale. Keep weights in dicts, or leave it out (`select=`)."
+            )
+        here[key], scales[key] = done[inner]
+    for key in sorted(scales):
+        name = unused_scale_name(key, here)
+        if name in here:
+            raise ValueError(
+                f"'{slashed((*path, key))}' would have its scale at {name!r}, which is taken: "
+                f"beside it lie {sorted(here)}. Leave it out (`select=`)."
+            )
+        here[name] = scales[key]
+    return rebuild(tree, here)
+
+
+def _stored_weights(tree: Any, path: Path) -> Iterator[tuple[Path, tuple[Any, Any]]]:
+    """Paths of stored values, with them and their scales, both in their boxes."""
+    for key, value in children(tree) if is_branch(tree) else ():
+        inner = (*path, str(key))
+        if as_stored(meta.unbox(value)) is None:
+            yield from _stored_weights(value, inner)
+            continue
+        name = scale_name(key, tree) if isinstance(tree, Mapping) else None
+        if name is None:
+            raise ValueError(
+                f"'{slashed(inner)}' holds stored values without their scale. Keep both, as "
+                "`peft.quantize_checkpoint` makes them."
+            )
+        yield inner, (value, tree[name])
+
+
+def _without_stored(tree: Any, done: Mapping[Path, Any], path: Path) -> Any:
+    if not is_branch(tree):
+        return tree
+    here: dict[Any, Any] = {}
+    scales: set[Any] = set()
+    for key, value in children(tree):
+        inner = (*path, str(key))
+        here[key] = done[inner] if inner in done else _without_stored(value, done, inner)
+        if inner in done:
+            scales.add(scale_name(key, tree))
+    return rebuild(tree, {key: value for key, value in here.items() if key not in scales})
