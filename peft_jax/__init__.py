@@ -36,6 +36,7 @@ from peft_jax._registry import register_layer
 from peft_jax._specs import LayerSpec, LoraSpec
 from peft_jax._stored import StoredValues
 from peft_jax._unfuse import unfuse_params
+from peft_jax.io import export_gguf
 
 __all__ = [
     "Int4Conv",
@@ -67,6 +68,7 @@ __all__ = [
     "StoredValues",
     "dequantize",
     "dequantize_checkpoint",
+    "export_gguf",
     "fuse_params",
     "layer_specs",
     "lora_specs",

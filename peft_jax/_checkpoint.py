@@ -108,7 +108,7 @@ def dequantize_checkpoint(
     Raises:
       ValueError: with the path, where stored values have no scale or one that does not fit.
     """
-    found = dict(_stored_weights(params, ()))
+    found = dict(stored_weights(params))
     done: dict[Path, Any] = {}
     for path in _shown(
         {path: stored for path, (stored, _) in found.items()}, "dequantize", progress
@@ -398,12 +398,12 @@ def _with_stored(tree: Any, done: Mapping[Path, tuple[Any, Any]], path: Path = (
     return rebuild(tree, here)
 
 
-def _stored_weights(tree: Any, path: Path) -> Iterator[tuple[Path, tuple[Any, Any]]]:
+def stored_weights(tree: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any]]]:
     """Paths of stored values, with them and their scales, both in their boxes."""
     for key, value in children(tree) if is_branch(tree) else ():
         inner = (*path, str(key))
         if as_stored(meta.unbox(value)) is None:
-            yield from _stored_weights(value, inner)
+            yield from stored_weights(value, inner)
             continue
         name = scale_name(key, tree) if isinstance(tree, Mapping) else None
         if name is None:
