@@ -119,7 +119,7 @@ def _decode_nf4(codes: Array) -> Array:
     """The entries of the code book, by four choices of two."""
     entries: list[Any] = list(_NF4)
     for bit in range(4):
-        odd = (codes >> bit) & 1 == 1
+        odd = codes & (1 << bit) != 0
         entries = [jnp.where(odd, b, a) for a, b in zip(entries[::2], entries[1::2], strict=True)]
     return jnp.asarray(entries[0])
 
@@ -146,12 +146,10 @@ def _encode_sfp8(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, A
 
 def _decode_sfp8(codes: Array) -> Array:
     """Sign, exponent and mantissa in the places of float32."""
-    code = codes.astype(jnp.int32)
+    code = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # extends the sign
     size = code & 127
-    bits = jnp.where(
-        size < 64, (size << 21) + ((127 - 23) << 23), (size << 20) + ((127 - 15) << 23)
-    )
-    bits = jnp.where(size == 0, 0, bits) | ((code & 128) << 24)
+    low, high = (size << 21) + ((127 - 23) << 23), (size << 20) + ((127 - 15) << 23)
+    bits = jnp.where(size == 0, 0, jnp.where(code & 64 == 0, low, high)) | (code & -(2**31))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 

@@ -26,7 +26,7 @@ from peft_jax._einsum import (
 )
 from peft_jax._quantize import check_scale, method_of, scaled
 from peft_jax._stored import Layout, StoredValues, halves, unpack
-from peft_jax._tiles import tiled_einsum
+from peft_jax._tiled_einsum import tiled_einsum
 
 Array = jax.Array
 Type = jax.ShapeDtypeStruct
@@ -84,8 +84,9 @@ class Einsum(Product):
         self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
     ) -> Array:
         """The product, in tiles on CPU."""
-        if on_cpu and is_contraction(self.equation):
-            y = tiled_einsum(self.equation, x, array, scale, layout, precision=self.precision)
+        if on_cpu and is_contraction(self.equation) and x.dtype.itemsize <= 4:
+            # In float32, whatever the precision asked for.
+            y = tiled_einsum(self.equation, x, array, scale, layout)
             if y is not None:
                 return y.astype(self.dtype)
         return super().evaluate(x, array, scale, layout=layout, backward=backward, on_cpu=on_cpu)
@@ -205,8 +206,13 @@ def _abstract(*operands: Any, **params: Any) -> jax.core.ShapedArray:
     return _output_type(*(Type(operand.shape, operand.dtype) for operand in operands), **params)
 
 
+@functools.lru_cache(maxsize=4096)
+def _compiled(**params: Any) -> Any:
+    return jax.jit(functools.partial(_product_p.bind, **params))
+
+
 def _run(*operands: Any, **params: Any) -> Array:
-    return jax.jit(functools.partial(_product_p.bind, **params))(*operands)
+    return _compiled(**params)(*operands)
 
 
 def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: Any) -> Any:

@@ -40,6 +40,7 @@ FLOORS = (
     ("_stacked",),
     ("_low_rank",),
     ("_quantized_dot",),
+    ("_tiled_einsum",),
     ("_tiles",),
     ("_quantize",),
     ("_einsum",),
@@ -49,7 +50,15 @@ FLOORS = (
     ("_equation",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ARRAYS_ONLY = {"_einsum", "_low_rank", "_quantize", "_quantized_dot", "_stored", "_tiles"}
+ARRAYS_ONLY = {
+    "_einsum",
+    "_low_rank",
+    "_quantize",
+    "_quantized_dot",
+    "_stored",
+    "_tiled_einsum",
+    "_tiles",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
