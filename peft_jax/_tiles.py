@@ -49,15 +49,13 @@ class Part:
     def tile(self, array: Array, row: Array | int, column: Array | int, size: _Size) -> Array:
         """Dequantized numbers of shape ``size``."""
         numbers = self.values(jax.lax.dynamic_slice(array, (row, column), size))
-        return numbers if self.scale is None else self._scaled(array, numbers, row, column)
-
-    def _scaled(self, array: Array, numbers: Array, row: Array | int, column: Array | int) -> Array:
-        assert self.scale is not None
+        if self.scale is None:
+            return numbers
         b, c = self.blocks(array.shape)
-        rows, columns = numbers.shape[0] // b, numbers.shape[1] // c
-        scale = jax.lax.dynamic_slice(self.scale, (row // b, column // c), (rows, columns))
-        blocks = numbers.reshape(rows, b, columns, c) * scale.astype(jnp.float32)[:, None, :, None]
-        return blocks.reshape(numbers.shape)
+        at, sizes = (row // b, column // c), (size[0] // b, size[1] // c)
+        split, unit = _split(size, (b, c))
+        scale = jax.lax.dynamic_slice(self.scale, at, sizes).astype(jnp.float32)
+        return (numbers.reshape(split) * scale.reshape(unit)).reshape(size)
 
 
 _Size = tuple[int, int]
@@ -82,6 +80,7 @@ def product(xs: Sequence[Array], array: Array, parts: Sequence[Part]) -> Array |
         return None
     high, wide = size
     stacked = m <= _FEW and all(part.shift is not None for part in parts) and len(parts) > 1
+    scales = _stacked_scales(parts) if stacked else None
 
     def tile(i: Array | int, column: Array | int) -> Array:
         row = _start(i, high, rows)
@@ -90,7 +89,7 @@ def product(xs: Sequence[Array], array: Array, parts: Sequence[Part]) -> Array |
             fresh = row + jnp.arange(high) >= i * high
             slices = [jnp.where(fresh[None], x, 0.0) for x in slices]
         if stacked:
-            weight = _stacked_tile(array, parts, row, column, size)
+            weight = _stacked_tile(array, parts, scales, row, column, size)
             return jnp.concatenate(slices, axis=1) @ weight
         tiles = [part.tile(array, row, column, size) for part in parts]
         return sum(
@@ -214,28 +213,42 @@ def _start(i: Array | int, tile: int, length: int) -> Array | int:
     return i * tile if length % tile == 0 else jnp.minimum(i * tile, length - tile)
 
 
+def _stacked_scales(parts: Sequence[Part]) -> Array | None:
+    """The scales of all parts in one array: slices of several cannot be told at run time."""
+    found = [part.scale for part in parts if part.scale is not None]
+    return jnp.stack(found) if found else None
+
+
 def _stacked_tile(
-    array: Array, parts: Sequence[Part], row: Array | int, column: Array | int, size: _Size
+    array: Array,
+    parts: Sequence[Part],
+    scales: Array | None,
+    row: Array | int,
+    column: Array | int,
+    size: _Size,
 ) -> Array:
     """Tiles of all parts above each other, as one expression: a concatenation is not vectorised."""
-    high, wide = size
     b, c = parts[0].blocks(array.shape)
-    bytes_ = jax.lax.dynamic_slice(array, (row, column), size).astype(jnp.int32)
+    split, unit = (size, size) if scales is None else _split(size, (b, c))
+    bytes_ = jax.lax.dynamic_slice(array, (row, column), size).reshape(1, *split)
     shifts = jnp.array([part.shift for part in parts], jnp.int32)
-    codes = (bytes_[None] >> shifts[:, None, None]) & 15
+    codes = bytes_.astype(jnp.int32) >> shifts.reshape(-1, *(1 for _ in split)) & 15
     numbers = parts[0].values(codes)
-    if parts[0].scale is None:
-        return numbers.reshape(-1, wide)
-    sizes = (high // b, wide // c)
-    scale = jnp.stack(
-        [
-            jax.lax.dynamic_slice(part.scale, (row // b, column // c), sizes)
-            for part in parts
-            if part.scale is not None
-        ]
-    )
-    blocks = numbers.reshape(len(parts), high // b, b, wide // c, c)
-    return (blocks * scale.astype(jnp.float32)[:, :, None, :, None]).reshape(-1, wide)
+    if scales is not None:
+        sizes = (len(parts), size[0] // b, size[1] // c)
+        scale = jax.lax.dynamic_slice(scales, (0, row // b, column // c), sizes)
+        numbers = numbers * scale.astype(jnp.float32).reshape(-1, *unit)
+    return numbers.reshape(-1, size[1])
+
+
+def _split(size: _Size, blocks: _Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a tile with axes for its blocks, and that of its scales beside it."""
+    split: list[int] = []
+    unit: list[int] = []
+    for length, block in zip(size, blocks, strict=True):
+        split += [length // block, block] if block > 1 else [length]
+        unit += [length // block, 1] if block > 1 else [length]
+    return tuple(split), tuple(unit)
 
 
 # --- One row of input ----------------------------------------------------------------------------
