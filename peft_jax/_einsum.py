@@ -4,6 +4,7 @@ import functools
 import string
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -61,3 +62,8 @@ def sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
             if known != length and 1 not in (known, length):
                 raise ValueError(f"{equation}: {letter} is {size[letter]} and {length} in {shapes}")
     return size
+
+
+def widest(*dtypes: jnp.dtype) -> jnp.dtype:
+    """Float32, or a dtype that is wider; strict promotion of types has no such rule."""
+    return max(jnp.dtype(jnp.float32), *dtypes, key=lambda dtype: dtype.itemsize)

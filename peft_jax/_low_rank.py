@@ -16,6 +16,7 @@ from peft_jax._einsum import (
     is_laid_out,
     sizes,
     split_terms,
+    widest,
     without_ellipsis,
 )
 
@@ -209,11 +210,6 @@ def delta(a: Array, b: Array, equation: str, scaling: float | Array) -> Array:
     )
     factor = jnp.asarray(scaling, dtype)
     return product * factor.reshape(factor.shape + (1,) * (product.ndim - factor.ndim))
-
-
-def widest(*dtypes: jnp.dtype) -> jnp.dtype:
-    """Float32, or a dtype that is wider; strict promotion of types has no such rule."""
-    return max(jnp.dtype(jnp.float32), *dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def add_once(kernel: Array, change: Array, sign: int = 1) -> Array:

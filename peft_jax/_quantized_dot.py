@@ -22,6 +22,7 @@ from peft_jax._einsum import (
     is_contraction,
     is_laid_out,
     split_terms,
+    widest,
     without_ellipsis,
 )
 from peft_jax._quantize import check_scale, method_of, scaled
@@ -83,13 +84,25 @@ class Einsum(Product):
     def evaluate(
         self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
     ) -> Array:
-        """The product, in tiles on CPU."""
+        """The product: in tiles on CPU, and elsewhere with the scale beside it where it can be."""
         if on_cpu and is_contraction(self.equation) and x.dtype.itemsize <= 4:
             # In float32, whatever the precision asked for.
             y = tiled_einsum(self.equation, x, array, scale, layout)
             if y is not None:
                 return y.astype(self.dtype)
-        return super().evaluate(x, array, scale, layout=layout, backward=backward, on_cpu=on_cpu)
+        if backward:
+            array = _apart(array, x, on_cpu)
+        numbers = method_of(layout).values(unpack(array, layout))
+        left, right, out = split_terms(self.equation)
+        if _varies_along(scale, right) <= set(out):
+            exact = dataclasses.replace(self, dtype=widest(self.dtype))
+            y = exact(x, numbers.astype(x.dtype))
+            return (y * _factor(scale, right, out, numbers.shape, y.dtype)).astype(self.dtype)
+        if _varies_along(scale, right) <= set(left):
+            factor = _factor(scale, right, left, numbers.shape, widest(x.dtype))
+            x = (x.astype(factor.dtype) * factor).astype(x.dtype)
+            return self(x, numbers.astype(x.dtype))
+        return self(x, scaled(numbers, scale).astype(x.dtype))
 
     def transposed(self, x: Type) -> Product:
         """The equation with input and output in each other's place."""
@@ -97,6 +110,24 @@ class Einsum(Product):
         if not is_contraction(self.equation):
             return super().transposed(x)
         return Einsum(f"{out},{right}->{left}", self.precision, x.dtype)
+
+
+def _varies_along(scale: Array, letters: str) -> set[str]:
+    """The axes along which there is more than one scale."""
+    return {c for c, n in zip(letters, scale.shape, strict=True) if n > 1}
+
+
+def _factor(scale: Array, letters: str, target: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The scale of a weight as a factor of an array with the axes ``target``."""
+    for axis, (n, length) in enumerate(zip(scale.shape, shape, strict=True)):
+        if n not in (1, length):
+            scale = jnp.repeat(scale, length // n, axis=axis)
+    kept = [c for c in target if c in letters]
+    others = [c for c in letters if c not in kept]
+    scale = scale.transpose([letters.index(c) for c in (*others, *kept)])
+    scale = scale.reshape(scale.shape[len(others) :])
+    lengths = dict(zip(kept, scale.shape, strict=True))
+    return scale.reshape([lengths.get(c, 1) for c in target]).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

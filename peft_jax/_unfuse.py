@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from peft_jax._low_rank import matricize, unmatricize, widest
+from peft_jax._einsum import widest
+from peft_jax._low_rank import matricize, unmatricize
 from peft_jax._params import Specs, adapter_change, check_specs, merge_params, rounded_sum
 from peft_jax._specs import LoraSpec
 from peft_jax._stacked import stack_back, stack_first
