@@ -20,7 +20,7 @@ from peft_jax._spec_box import traced_specs
 from peft_jax._specs import LoraSpec
 from peft_jax._stacked import adapter_shapes, spec_delta
 from peft_jax._state import mute_adapters
-from peft_jax._trees import Layer, Path, adapter_paths, map_layers
+from peft_jax._trees import Layer, Path, adapter_paths, map_layers, slashed, stored_paths
 
 NORMS: tuple[type[nn.Module], ...] = (nn.WeightNorm, nn.SpectralNorm)
 
@@ -31,6 +31,14 @@ def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
     At initialization the output is that of the layer without adapters, which start at zero.
     """
     norm, layer = call.module, call.module.layer_instance
+    stored = stored_paths(layer.variables.get("params", {}))
+    if stored:
+        path = slashed((*layer.scope.path, *stored[0]))
+        raise ValueError(
+            f"'{path}' holds values stored in few bits, which {type(norm).__name__} at "
+            f"'{call.path}' would normalise as if they were the weight. Leave it in floats "
+            "(`select=`), or turn it back by `peft.dequantize_checkpoint`."
+        )
     kwargs = {name: value for name, value in call.kwargs.items() if name != "update_stats"}
     init = _init(layer)
     specs = traced_specs(

@@ -84,6 +84,12 @@ class StorageRule(Rule):
         layer, module = require_layer(call.module, f"{self.wrapper} wraps"), call.module
         if name != layer.param or recording():
             return read(make)
+        if any(part.startswith("map_variables(") for part in module.scope.debug_path):
+            raise ValueError(
+                f"The layer at '{call.path}' runs inside `nn.map_variables` (nn.WeightNorm and "
+                "nn.SpectralNorm do so), where parameters are not those that are stored. Leave it "
+                f"out of the rule of {self.wrapper}."
+            )
         if not module.has_variable("params", name):
             return self._store(call, layer, read(make))
         weight = self._stored(call, layer)
