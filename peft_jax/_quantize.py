@@ -59,6 +59,7 @@ class QuantizationMethod(enum.StrEnum):
 # --- The methods ---------------------------------------------------------------------------------
 # Each encodes `(x, peak, axes)`, float32 values in groups, the largest magnitude of each group and
 # the axes along which groups extend, as `(codes, scale)`; `scale * decode(codes)` approximates x.
+# Codes are int32 until they are packed: XLA on CPU is several times slower in bytes.
 
 # Where the peak is smaller, 1 / scale may overflow: such a group is all zeros.
 _TINY = 1e-36
@@ -89,29 +90,34 @@ def _encode_integers(
     """Symmetric integers; the peak becomes the largest."""
     codes = jnp.clip(jnp.round(x * (largest * _reciprocal(peak))), -largest - 1, largest)
     scale = jnp.where(peak < _TINY, 0.0, peak * np.float32(1 / largest))
-    return (codes + offset).astype(jnp.uint8 if offset else jnp.int8), scale
+    return codes.astype(jnp.int32) + offset, scale
 
 
 def _encode_q4_0(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """GGML's Q4_0: the value of largest magnitude, the first such one, becomes -8."""
     (axis,) = axes
-    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    place = 2 * place + (x < 0).astype(jnp.int32)
-    first = jnp.min(jnp.where(jnp.abs(x) == peak, place, 2 * x.shape[axis]), axis, keepdims=True)
-    negative = first % 2 == 1
+    high, low = (reduce(x, axis, keepdims=True) for reduce in (jnp.max, jnp.min))
+
+    def first_is_negative() -> Array:
+        place = 2 * jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) + (x < 0).astype(jnp.int32)
+        last = 2 * x.shape[axis]
+        return jnp.min(jnp.where(jnp.abs(x) == peak, place, last), axis, keepdims=True) % 2 == 1
+
+    tied = jnp.any((high == -low) & (high > 0))  # so rarely that the search is worth a branch
+    negative = jax.lax.cond(tied, first_is_negative, lambda: -low > high)
     scale = jnp.where(negative, peak, -peak) / 8
     # XLA contracts a product and a sum into one rounding, which GGML does not; the clip, which
     # changes nothing, stands between them.
     scaled = jnp.clip(x * _reciprocal(scale), -9.0, 9.0)
-    return jnp.minimum((scaled + 8.5).astype(jnp.uint8), 15), scale
+    return jnp.minimum((scaled + 8.5).astype(jnp.int32), 15), scale
 
 
 def _encode_nf4(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """The nearest entry of the code book, which the peak scales to the range of -1 to 1."""
     scaled = x * _reciprocal(peak)
-    codes = jnp.zeros(x.shape, jnp.uint8)
+    codes = jnp.zeros(x.shape, jnp.int32)
     for middle in (_NF4[:-1] + _NF4[1:]) / 2:
-        codes += (scaled > middle).astype(jnp.uint8)
+        codes += (scaled > middle).astype(jnp.int32)
     return codes, jnp.where(peak < _TINY, 0.0, peak)
 
 
@@ -141,12 +147,12 @@ def _encode_sfp8(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, A
     code = jnp.where(rounded < 2.0**-7, low, high)
     code = jnp.where(rounded == 0, 0, jnp.where(x < 0, code | 128, code))
     scale = jnp.maximum(peak, 1e-6) * np.float32(1 / _SFP8_MAX)
-    return code.astype(jnp.uint8), jnp.where(peak == 0, 0.0, scale)
+    return code, jnp.where(peak == 0, 0.0, scale)
 
 
 def _decode_sfp8(codes: Array) -> Array:
     """Sign, exponent and mantissa in the places of float32."""
-    code = jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)  # extends the sign
+    code = codes.astype(jnp.int8).astype(jnp.int32)  # extends the sign
     size = code & 127
     low, high = (size << 21) + ((127 - 23) << 23), (size << 20) + ((127 - 15) << 23)
     bits = jnp.where(size == 0, 0, jnp.where(code & 64 == 0, low, high)) | (code & -(2**31))
@@ -159,7 +165,7 @@ class Method:
 
     Attributes:
       encode: from values to codes and scale; see above.
-      decode: from codes, int8 or uint8, to float32. None: codes are integers.
+      decode: from codes to float32. None: codes are integers.
       offset: what is taken off a code to give its integer.
       bits: 4, two codes in a byte, or 8.
       block: the axis, and how many values along it share a scale; None: the scale is that of an
@@ -173,6 +179,11 @@ class Method:
     offset: int = 0
     block: tuple[int, int] | None = None
     scale_dtype: Any = jnp.float32
+
+    @property
+    def dtype(self) -> Any:
+        """Of the stored array."""
+        return jnp.int8 if self.decode is None and not self.offset else jnp.uint8
 
     def values(self, codes: Array) -> Array:
         """The numbers that the codes stand for, before scaling, in float32."""
@@ -383,7 +394,7 @@ def encode(
     codes, scale, checks = _encode(x, method, blocks)
     if packed is not None:
         codes = pack(codes, packed)
-    return codes, scale, checks
+    return codes.astype(METHODS[method].dtype), scale, checks
 
 
 @functools.partial(jax.jit, static_argnames=("method", "blocks"))
@@ -396,7 +407,8 @@ def _encode(x: Array, method: str, blocks: Blocks) -> tuple[Array, Array, tuple[
     row = METHODS[method]
     groups, axes, scale_shape = _groups(x.shape, blocks)
     x32 = x.astype(jnp.float32).reshape(groups)
-    peak = jnp.max(jnp.abs(x32), axis=axes, keepdims=True)
+    high, low = (reduce(x32, axes, keepdims=True) for reduce in (jnp.max, jnp.min))
+    peak = jnp.maximum(high, -low)
     codes, scale = row.encode(x32, peak, axes)
     kept = scale.astype(row.scale_dtype)
     checks = jnp.all(jnp.isfinite(peak)), jnp.all(jnp.isfinite(kept) | ~jnp.isfinite(peak))
