@@ -7,17 +7,17 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from peft_jax._names import is_adapter, scale_name, unused_scale_name
+from peft_jax._names import is_adapter
+from peft_jax._placement import named_sharding, sharded_like, spread_axes
 from peft_jax._quantize import (
     QuantizationMethod,
     blocks_of,
@@ -30,7 +30,8 @@ from peft_jax._spec_box import partitioned_like
 from peft_jax._specs import LayerSpec
 from peft_jax._stacked import layer_axes
 from peft_jax._stored import Layout, StoredValues, as_stored
-from peft_jax._trees import Path, children, is_branch, rebuild, slashed
+from peft_jax._stored_trees import stored_weights, with_stored, without_stored
+from peft_jax._trees import Path, children, is_branch, slashed
 
 Array = jax.Array
 Select = Callable[[str], bool] | str | re.Pattern[str]
@@ -87,7 +88,7 @@ def quantize_checkpoint(
         times[id(chosen[path])] -= 1
         if donate and not times[id(chosen[path])]:
             _delete(chosen[path])
-    return _with_stored(params, done)
+    return with_stored(params, done)
 
 
 def dequantize_checkpoint(
@@ -124,7 +125,7 @@ def dequantize_checkpoint(
         if donate:
             _delete(stored)
             _delete(scale)
-    return _without_stored(params, done, ())
+    return without_stored(params, done)
 
 
 # --- Which weights, and how ----------------------------------------------------------------------
@@ -243,7 +244,7 @@ def _planned(
     shape = [value.shape[i] for i in order]
     try:
         inner = blocks_of(method, shape, contracted if method.per_channel else None)
-        spread = [i for i, place in enumerate(order) if place in _spread_axes(value)]
+        spread = [i for i, place in enumerate(order) if place in spread_axes(value)]
         stacked = sorted(set(range(value.ndim)) - set(order))
         nameable = [
             i
@@ -315,46 +316,17 @@ def _encoder(plan: _Plan, array_at: Any, scale_at: Any) -> Callable[[Array], Any
 
 def _places(x: Array, plan: _Plan) -> tuple[Any, Any]:
     """Where the stored array and its scale lie, if the weight is spread over named axes."""
-    sharding = _named_sharding(x)
+    sharding = named_sharding(x)
     if sharding is None:
         return None, None
     packed = [n if i != plan.packed else -(-n // 2) for i, n in enumerate(x.shape)]
     scale = [n // block for n, block in zip(x.shape, plan.blocks, strict=True)]
-    return _like(sharding, packed), _like(sharding, scale)
-
-
-def _named_sharding(x: Any) -> NamedSharding | None:
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
-        return None
-    return x.sharding if isinstance(x.sharding, NamedSharding) else None
-
-
-def _like(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """The same sharding, without the axes whose lengths the devices do not divide."""
-    names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    kept = [
-        name if length % _parts(sharding, name) == 0 else None
-        for length, name in zip(shape, names, strict=True)
-    ]
-    return NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
-
-
-def _parts(sharding: NamedSharding, name: Any) -> int:
-    """Over how many devices an axis is spread."""
-    axes = () if name is None else name if isinstance(name, tuple) else (name,)
-    return int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=int))
-
-
-def _spread_axes(x: Any) -> list[int]:
-    sharding = _named_sharding(x)
-    if sharding is None:
-        return []
-    return [i for i, name in enumerate(sharding.spec) if _parts(sharding, name) > 1]
+    return sharded_like(sharding, packed), sharded_like(sharding, scale)
 
 
 def _restore(stored: StoredValues, scale: Any, dtype: Any) -> Array:
-    sharding = _named_sharding(stored.array)
-    at = None if sharding is None else _like(sharding, stored.shape)
+    sharding = named_sharding(stored.array)
+    at = None if sharding is None else sharded_like(sharding, stored.shape)
     weight = _decoder(jnp.dtype(dtype), at)(stored, scale)
     return weight if isinstance(weight, jax.core.Tracer) else weight.block_until_ready()
 
@@ -366,62 +338,3 @@ def _decoder(dtype: Any, at: Any) -> Callable[[StoredValues, Array], Array]:
 
 def _is_boxed(value: Any) -> bool:
     return isinstance(value, meta.AxisMetadata)
-
-
-# --- Trees ---------------------------------------------------------------------------------------
-
-
-def _with_stored(tree: Any, done: Mapping[Path, tuple[Any, Any]], path: Path = ()) -> Any:
-    if not is_branch(tree):
-        return tree
-    here: dict[Any, Any] = {}
-    scales: dict[str, Any] = {}
-    for key, value in children(tree):
-        inner = (*path, str(key))
-        if inner not in done:
-            here[key] = _with_stored(value, done, inner)
-            continue
-        if not isinstance(tree, Mapping):
-            raise ValueError(
-                f"'{slashed(inner)}' lies in a {type(tree).__name__}, where there is no place "
-                "beside it for its scale. Keep weights in dicts, or leave it out (`select=`)."
-            )
-        here[key], scales[key] = done[inner]
-    for key in sorted(scales):
-        name = unused_scale_name(key, here)
-        if name in here:
-            raise ValueError(
-                f"'{slashed((*path, key))}' would have its scale at {name!r}, which is taken: "
-                f"beside it lie {sorted(here)}. Leave it out (`select=`)."
-            )
-        here[name] = scales[key]
-    return rebuild(tree, here)
-
-
-def stored_weights(tree: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any]]]:
-    """Paths of stored values, with them and their scales, both in their boxes."""
-    for key, value in children(tree) if is_branch(tree) else ():
-        inner = (*path, str(key))
-        if as_stored(meta.unbox(value)) is None:
-            yield from stored_weights(value, inner)
-            continue
-        name = scale_name(key, tree) if isinstance(tree, Mapping) else None
-        if name is None:
-            raise ValueError(
-                f"'{slashed(inner)}' holds stored values without their scale. Keep both, as "
-                "`peft.quantize_checkpoint` makes them."
-            )
-        yield inner, (value, tree[name])
-
-
-def _without_stored(tree: Any, done: Mapping[Path, Any], path: Path) -> Any:
-    if not is_branch(tree):
-        return tree
-    here: dict[Any, Any] = {}
-    scales: set[Any] = set()
-    for key, value in children(tree):
-        inner = (*path, str(key))
-        here[key] = done[inner] if inner in done else _without_stored(value, done, inner)
-        if inner in done:
-            scales.add(scale_name(key, tree))
-    return rebuild(tree, {key: value for key, value in here.items() if key not in scales})

@@ -19,6 +19,7 @@ from flax.typing import Array
 
 from peft_jax._interceptor import patched
 from peft_jax._names import scale_name, unused_scale_name
+from peft_jax._products import Convolution
 from peft_jax._quantize import (
     QuantizationMethod,
     check_scale,
@@ -27,7 +28,6 @@ from peft_jax._quantize import (
     simulate_quantize,
 )
 from peft_jax._quantized_dot import (
-    Convolution,
     quantized_einsum,
     quantized_product,
     quantized_rows,

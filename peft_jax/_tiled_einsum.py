@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._einsum import split_terms
-from peft_jax._quantize import Method, method_of, scaled
+from peft_jax._methods import Method, method_of
+from peft_jax._quantize import scaled
 from peft_jax._stored import Layout, unpack
 from peft_jax._tiles import Part, product, transposed_product
 

@@ -258,7 +258,8 @@ def _row_product(xs: Sequence[Array], array: Array, parts: Sequence[Part]) -> Ar
     rows, columns = array.shape
     b, c = parts[0].blocks(array.shape)
     unrolled = math.gcd(rows if b == 1 else b, _UNROLLED)
-    if unrolled < 4 or (b > 1 and c > 1) or rows < 2 * unrolled:
+    one_axis = parts[0].scale is None or (b > 1) != (c > 1)
+    if unrolled < 4 or not one_axis or rows < 2 * unrolled:
         return None
     groups = rows // unrolled
     folded = array.reshape(groups, unrolled, columns // c, c)

@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 from flax.core import meta
 
-from peft_jax._checkpoint import stored_weights
 from peft_jax._equation import parse_equation
-from peft_jax._quantize import METHODS
+from peft_jax._methods import METHODS
 from peft_jax._specs import LayerSpec
 from peft_jax._stacked import layer_axes
 from peft_jax._stored import StoredValues, as_stored, unpack
+from peft_jax._stored_trees import stored_weights
 from peft_jax._trees import adapter_paths, children, is_branch
 
 _BLOCK = 32

@@ -1,0 +1,41 @@
+"""Where arrays lie on devices, and where arrays made of them shall lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def named_sharding(x: Any) -> NamedSharding | None:
+    """How an array is spread over named axes of devices, if it is and can be told."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return None
+    return x.sharding if isinstance(x.sharding, NamedSharding) else None
+
+
+def sharded_like(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The same sharding, without the axes whose lengths the devices do not divide."""
+    names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    kept = [
+        name if length % _parts(sharding, name) == 0 else None
+        for length, name in zip(shape, names, strict=True)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept), memory_kind=sharding.memory_kind)
+
+
+def _parts(sharding: NamedSharding, name: Any) -> int:
+    """Over how many devices an axis is spread."""
+    axes = () if name is None else name if isinstance(name, tuple) else (name,)
+    return int(np.prod([sharding.mesh.shape[axis] for axis in axes], dtype=int))
+
+
+def spread_axes(x: Any) -> list[int]:
+    """The axes of an array that are spread over several devices."""
+    sharding = named_sharding(x)
+    if sharding is None:
+        return []
+    return [i for i, name in enumerate(sharding.spec) if _parts(sharding, name) > 1]
