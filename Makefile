@@ -3,12 +3,14 @@
 #   make demo          the demo, on real data, with a picture in out/demo (options: make demo ARGS="--rank 4")
 #   make test          formatting, lint, types and tests
 #   make test-interop  tests against transformers and other peers, in an environment of their own
-#   make benchmark     training steps of this library and of its peers, side by side
+#   make benchmark     training steps of this library and of its peers, side by side; another script
+#                      of benchmarks/ by name: make benchmark SCRIPT=quantized_matmul ARGS="--repeats 9"
 #   make lint, format  what `make test` checks before the tests; the same, mended
 
 PYTHON ?= $(shell command -v python3 || command -v python)
 WORKERS ?= 2
 ARGS ?=
+SCRIPT ?= lora_step
 
 READY := .venv/.ready
 READY_INTEROP := .venv-interop/.ready
@@ -67,7 +69,7 @@ test-interop: $(READY_INTEROP)
 	.venv-interop/bin/python -m pytest tests/interop -W default
 
 benchmark: $(READY_INTEROP)
-	.venv-interop/bin/python benchmarks/lora_step.py $(ARGS)
+	.venv-interop/bin/python benchmarks/$(SCRIPT).py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-interop out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,22 +16,24 @@ import numpy as np
 from flax.core import meta
 from tqdm import tqdm
 
+from peft_jax._equation import parse_equation
 from peft_jax._names import is_adapter
-from peft_jax._placement import named_sharding, sharded_like, spread_axes
+from peft_jax._placement import named_sharding, sharded_like, spread_axes, without_explicit_axes
 from peft_jax._quantize import (
     QuantizationMethod,
     blocks_of,
     check_range,
     dequantize,
     encode,
+    is_known,
     packed_axis,
 )
-from peft_jax._spec_box import partitioned_like
+from peft_jax._spec_box import partitioned_like, reboxed, scale_axes
 from peft_jax._specs import LayerSpec
 from peft_jax._stacked import layer_axes
 from peft_jax._stored import Layout, StoredValues, as_stored
-from peft_jax._stored_trees import stored_weights, with_stored, without_stored
-from peft_jax._trees import Path, children, is_branch, slashed
+from peft_jax._stored_trees import scales_in, stored_weights, with_stored, without_stored
+from peft_jax._trees import Path, children, is_branch, slashed, stored_paths
 
 Array = jax.Array
 Select = Callable[[str], bool] | str | re.Pattern[str]
@@ -74,20 +76,19 @@ def quantize_checkpoint(
 
     Raises:
       ValueError: with the path: where blocks do not divide a weight, equations are needed, a spec
-        or ``select`` matches nothing, or numbers are not finite. No weight has been touched then.
+        or ``select`` matches nothing, or numbers are not finite.
     """
     method = QuantizationMethod(method)
     if method is QuantizationMethod.NONE:
         return params
     chosen = _chosen(params, method, specs, select)
     plans = {path: _planned(path, chosen[path], method, specs) for path in chosen}
-    times = collections.Counter(id(value) for value in chosen.values())
+    with_stored(params, dict.fromkeys(chosen, (None, None)))  # so that errors come first
+    spend = _Spender(params, donate)
     done: dict[Path, tuple[Any, Any]] = {}
     for path in _shown(chosen, f"quantize to {method.value}", progress):
         done[path] = _quantized(path, chosen[path], plans[path])
-        times[id(chosen[path])] -= 1
-        if donate and not times[id(chosen[path])]:
-            _delete(chosen[path])
+        spend(chosen[path])
     return with_stored(params, done)
 
 
@@ -109,7 +110,7 @@ def dequantize_checkpoint(
     Raises:
       ValueError: with the path, where stored values have no scale or one that does not fit.
     """
-    found = dict(stored_weights(params))
+    found, spend = dict(stored_weights(params)), _Spender(params, donate)
     done: dict[Path, Any] = {}
     for path in _shown(
         {path: stored for path, (stored, _) in found.items()}, "dequantize", progress
@@ -121,10 +122,9 @@ def dequantize_checkpoint(
             weight = _restore(stored, meta.unbox(scale), dtype)
         except ValueError as error:
             raise ValueError(f"'{slashed(path)}': {error}") from error
-        done[path] = meta.replace_boxed(box, weight) if _is_boxed(box) else weight
-        if donate:
-            _delete(stored)
-            _delete(scale)
+        done[path] = reboxed(box, weight)
+        spend(stored)
+        spend(scale)
     return without_stored(params, done)
 
 
@@ -137,8 +137,9 @@ def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         if hasattr(meta.unbox(tree), "dtype") and as_stored(meta.unbox(tree)) is None:
             yield path, tree
         return
+    scales = scales_in(tree)
     for key, value in children(tree):
-        skipped = isinstance(tree, Mapping) and is_adapter(key, value)
+        skipped = isinstance(tree, Mapping) and (is_adapter(key, value) or key in scales)
         if not skipped and as_stored(value) is None:
             yield from _leaves(value, (*path, str(key)))
 
@@ -146,6 +147,11 @@ def _leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 def _chosen(
     params: Any, method: QuantizationMethod, specs: Mapping[str, LayerSpec] | None, select: Any
 ) -> dict[Path, Any]:
+    if not is_branch(params):
+        raise ValueError(
+            f"quantize_checkpoint takes a tree of parameters, got {type(params).__name__}. Store "
+            "one array by `peft.quantize`."
+        )
     leaves = dict(_leaves(params))
     by_name = {"/".join(path): path for path in leaves}
     if specs is not None:
@@ -163,6 +169,12 @@ def _chosen(
     if not candidates:
         names = ["/".join(path) for path, leaf in leaves.items() if _rank(leaf) >= 2]
         close = difflib.get_close_matches(str(getattr(select, "pattern", select)), names, 5, 0.0)
+        stored = ["/".join(path) for path in stored_paths(params)]
+        if stored and not names:
+            raise ValueError(
+                f"quantize_checkpoint: the weights are stored in few bits already ({stored[:3]}). "
+                "Turn them back first, by `peft.dequantize_checkpoint`."
+            )
         raise ValueError(
             f"quantize_checkpoint: select={select!r} and specs leave nothing to quantize. Weights "
             f"of two or more axes are {close if select is not None else names[:5]}"
@@ -226,7 +238,7 @@ def _planned(
     path: Path, leaf: Any, method: QuantizationMethod, specs: Mapping[str, LayerSpec] | None
 ) -> _Plan:
     value, name = meta.unbox(leaf), "/".join(path)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    if not jnp.issubdtype(value.dtype, jnp.floating) or not value.size:
         raise ValueError(
             f"'{name}' is {value.dtype}{list(value.shape)}; floating-point weights are quantized. "
             "Leave it out (`select=`)."
@@ -238,19 +250,23 @@ def _planned(
             "layer contracts. Pass specs=peft.layer_specs(model, *inputs), or leave it out "
             "(`select=`)."
         )
+    if spec is not None:
+        _check_rank(name, value.shape, spec)
     stack = () if spec is None else spec.stack_axes
     contracted = None if spec is None else spec.axes
     order = layer_axes(value.ndim, stack)
     shape = [value.shape[i] for i in order]
     try:
         inner = blocks_of(method, shape, contracted if method.per_channel else None)
-        spread = [i for i, place in enumerate(order) if place in spread_axes(value)]
+        spread = [i for i, place in enumerate(order) if place in _avoided(leaf)]
         stacked = sorted(set(range(value.ndim)) - set(order))
         nameable = [
             i
             for i, place in enumerate(order)
             if not stacked or place > stacked[-1] or place < stacked[0]
         ]
+        if spec is None:  # the axes before the last two may be those of a stack
+            nameable = nameable[-2:]
         packed = packed_axis(method, shape, contracted, avoid=spread, among=nameable)
     except ValueError as error:
         raise ValueError(f"'{name}': {error}") from error
@@ -261,8 +277,27 @@ def _planned(
         return _Plan(method, tuple(blocks), None, Layout(method.value))
     place = order[packed]
     from_end = not stacked or place > stacked[-1]
-    layout = Layout(method.value, place - value.ndim if from_end else place, shape[packed] % 2 == 1)
+    layout = Layout(method.value, place - value.ndim if from_end else place, shape[packed])
     return _Plan(method, tuple(blocks), place, layout)
+
+
+def _check_rank(name: str, shape: tuple[int, ...], spec: LayerSpec) -> None:
+    """A spec says what every axis of the weight is."""
+    own, depth = len(parse_equation(spec.equation).kernel), len(spec.stack_axes)
+    reach = all(-own - i <= axis - 1 < own + i for i, axis in enumerate(spec.stack_axes, start=1))
+    if len(shape) != own + depth or not reach:
+        raise ValueError(
+            f"'{name}' has shape {shape}, but its spec tells of {own} axes ('{spec.equation}') and "
+            f"of a stack along {list(spec.stack_axes)}. Give the specs of this model "
+            "(`peft.layer_specs`)."
+        )
+
+
+def _avoided(leaf: Any) -> list[int]:
+    """Axes that are, or by their names may be, spread over devices."""
+    names = getattr(leaf, "names", None) or ()
+    named = [axis for axis, name in enumerate(names) if name is not None]
+    return [*named, *spread_axes(meta.unbox(leaf))]
 
 
 def _shown(values: Mapping[Path, Any], verb: str, progress: bool) -> Iterator[Path]:
@@ -281,10 +316,19 @@ def _bytes(value: Any) -> int:
     return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(value))
 
 
-def _delete(value: Any) -> None:
-    for leaf in jax.tree.leaves(value):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            leaf.delete()
+class _Spender:
+    """Deletes arrays of a tree, each when the last place where it stands is done with."""
+
+    def __init__(self, tree: Any, donate: bool) -> None:
+        self._left = collections.Counter(id(leaf) for leaf in jax.tree.leaves(tree))
+        self._donate = donate
+
+    def __call__(self, value: Any) -> None:
+        for leaf in jax.tree.leaves(value):
+            self._left[id(leaf)] -= 1
+            concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+            if self._donate and concrete and not self._left[id(leaf)]:
+                leaf.delete()
 
 
 # --- One weight ----------------------------------------------------------------------------------
@@ -292,24 +336,21 @@ def _delete(value: Any) -> None:
 
 def _quantized(path: Path, box: Any, plan: _Plan) -> tuple[Any, Any]:
     """The stored values of a weight in its box, and their scale in one like it."""
-    x = jnp.asarray(meta.unbox(box))
+    (x,), back = without_explicit_axes(jnp.asarray(meta.unbox(box)))
     array_at, scale_at = _places(x, plan)
-    run = _encoder(plan, array_at, scale_at)
-    array, scale, (finite, fits) = run(x)
+    array, scale, found = _encoder(plan, array_at, scale_at, is_known(x))(x)
     try:
-        check_range(plan.method, finite, fits)  # waits for the weight: one at a time
+        check_range(plan.method, found)  # waits for the weight: one at a time
     except ValueError as error:
         raise ValueError(f"'{slashed(path)}': {error}") from error
-    stored = StoredValues(plan.layout, array)
-    if not _is_boxed(box):
-        return stored, scale
-    return meta.replace_boxed(box, stored), partitioned_like(box, scale)
+    stored, scale = StoredValues(plan.layout, back(array)), back(scale)
+    return reboxed(box, stored), partitioned_like(box, scale, scale_axes(x.shape, scale.shape))
 
 
 @functools.lru_cache(maxsize=1024)
-def _encoder(plan: _Plan, array_at: Any, scale_at: Any) -> Callable[[Array], Any]:
+def _encoder(plan: _Plan, array_at: Any, scale_at: Any, check: bool) -> Callable[[Array], Any]:
     def run(x: Array) -> Any:
-        return encode(x, plan.method.value, plan.blocks, plan.packed)
+        return encode(x, plan.method.value, plan.blocks, plan.packed, check)
 
     return jax.jit(run, out_shardings=(array_at, scale_at, None))
 
@@ -325,16 +366,13 @@ def _places(x: Array, plan: _Plan) -> tuple[Any, Any]:
 
 
 def _restore(stored: StoredValues, scale: Any, dtype: Any) -> Array:
-    sharding = named_sharding(stored.array)
+    (array, scale), back = without_explicit_axes(stored.array, scale)
+    sharding = named_sharding(array)
     at = None if sharding is None else sharded_like(sharding, stored.shape)
-    weight = _decoder(jnp.dtype(dtype), at)(stored, scale)
+    weight = back(_decoder(jnp.dtype(dtype), at)(StoredValues(stored.layout, array), scale))
     return weight if isinstance(weight, jax.core.Tracer) else weight.block_until_ready()
 
 
 @functools.lru_cache(maxsize=256)
 def _decoder(dtype: Any, at: Any) -> Callable[[StoredValues, Array], Array]:
     return jax.jit(lambda stored, scale: dequantize(stored, scale, dtype), out_shardings=at)
-
-
-def _is_boxed(value: Any) -> bool:
-    return isinstance(value, meta.AxisMetadata)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax._stored import Layout
+from peft_jax._stored import METHOD_NAMES, Layout
 
 Array = jax.Array
 
@@ -113,7 +113,7 @@ def _decode_sfp8(codes: Array) -> Array:
     code = codes.astype(jnp.int8).astype(jnp.int32)  # extends the sign
     size = code & 127
     low, high = (size << 21) + ((127 - 23) << 23), (size << 20) + ((127 - 15) << 23)
-    bits = jnp.where(size == 0, 0, jnp.where(code & 64 == 0, low, high)) | (code & -(2**31))
+    bits = jnp.where(size == 0, 0, jnp.minimum(low, high)) | (code & -(2**31))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
@@ -160,6 +160,7 @@ METHODS: Mapping[str, Method] = {
     "sfp8": Method(_encode_sfp8, 8, decode=_decode_sfp8),
     "nf4": Method(_encode_nf4, 4, decode=_decode_nf4, block=(-2, 64)),
 }
+METHOD_NAMES.update(METHODS)
 
 
 def method_of(layout: Layout) -> Method:

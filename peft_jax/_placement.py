@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def named_sharding(x: Any) -> NamedSharding | None:
@@ -39,3 +39,25 @@ def spread_axes(x: Any) -> list[int]:
     if sharding is None:
         return []
     return [i for i, name in enumerate(sharding.spec) if _parts(sharding, name) > 1]
+
+
+def without_explicit_axes(*arrays: Any) -> tuple[tuple[Any, ...], Callable[[Any], Any]]:
+    """The same arrays, where XLA may lay out intermediate results, and the way back for what comes.
+
+    On a mesh with explicit axes no axis may be cut into blocks that the devices do not divide.
+    """
+    shardings = [named_sharding(array) for array in arrays]
+    meshes = [sharding.mesh for sharding in shardings if sharding is not None]
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if not isinstance(mesh, Mesh):
+        return arrays, lambda array: array
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+    def moved(array: Any, to: Mesh) -> Any:
+        sharding = named_sharding(array)
+        if sharding is None:
+            return array
+        spec, kind = sharding.spec, sharding.memory_kind
+        return jax.device_put(array, NamedSharding(to, spec, memory_kind=kind))
+
+    return tuple(moved(array, auto) for array in arrays), lambda array: moved(array, mesh)

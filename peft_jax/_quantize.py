@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._methods import METHODS, method_of
+from peft_jax._placement import without_explicit_axes
 from peft_jax._stored import Layout, StoredValues, as_stored, pack, unpack
 
 Array = jax.Array
 Blocks = tuple[int, ...]  # for each axis, how many values in a row share a scale
+Range = tuple[Array, Array]  # whether all numbers are finite, and all scales
 
 
 class QuantizationMethod(enum.StrEnum):
@@ -84,9 +86,10 @@ def quantize(
         return x, jnp.ones((1,) * x.ndim, x.dtype)
     blocks = blocks_of(method, x.shape, axes)
     packed = packed_axis(method, x.shape, axes)
-    array, scale, (finite, fits) = encode(x, method.value, blocks, packed)
-    check_range(method, finite, fits)
-    return StoredValues(layout_of(method, x.shape, packed), array), scale
+    (x,), back = without_explicit_axes(x)
+    array, scale, found = encode(x, method.value, blocks, packed, is_known(x))
+    check_range(method, found)
+    return StoredValues(layout_of(method, x.shape, packed), back(array)), back(scale)
 
 
 def dequantize(values: Any, scale: Array, dtype: Any = jnp.float32) -> Array:
@@ -105,8 +108,10 @@ def dequantize(values: Any, scale: Array, dtype: Any = jnp.float32) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("method", "blocks"))
 def _simulated(x: Array, method: str, blocks: Blocks) -> Array:
-    return _encode_and_decode(x, method, blocks)[0]
+    codes, scale, _ = _encode(x, method, blocks, False)
+    return scaled(METHODS[method].values(codes), scale).astype(x.dtype)
 
 
 @_simulated.defjvp
@@ -137,8 +142,9 @@ def simulate_quantize(
     if method is QuantizationMethod.NONE:
         return x
     blocks = blocks_of(method, x.shape, axes)
-    if not isinstance(x, jax.core.Tracer):
-        check_range(method, *_encode_and_decode(x, method.value, blocks)[1])
+    if is_known(x):
+        (known,), _ = without_explicit_axes(x)
+        check_range(method, encode(known, method.value, blocks, None, True)[2])
     return _simulated(x, method.value, blocks)
 
 
@@ -181,7 +187,12 @@ def blocks_of(
             )
         axes = (-2,)
     chosen = {axes} if isinstance(axes, int) else set(axes)
-    if not chosen or not all(-rank <= axis < rank for axis in chosen):
+    if not chosen:
+        raise ValueError(
+            f"{method.name} has a scale for each output channel, and the layer contracts no axis "
+            f"of its weight of shape {tuple(shape)}. Choose a method with blocks, or leave it out."
+        )
+    if not all(-rank <= axis < rank for axis in chosen):
         raise ValueError(
             f"axes={axes!r} does not name axes of a weight of shape {tuple(shape)}. Name those "
             "that the layer contracts."
@@ -231,36 +242,40 @@ def packed_axis(
 
 def layout_of(method: QuantizationMethod, shape: Sequence[int], packed: int | None) -> Layout:
     """How values of this shape lie in their array."""
-    return Layout(method.value, packed, packed is not None and shape[packed] % 2 == 1)
+    return Layout(method.value, packed, None if packed is None else shape[packed])
 
 
-@functools.partial(jax.jit, static_argnames=("method", "blocks", "packed"))
+@functools.partial(jax.jit, static_argnames=("method", "blocks", "packed", "check"))
 def encode(
-    x: Array, method: str, blocks: Blocks, packed: int | None
-) -> tuple[Array, Array, tuple[Array, Array]]:
-    """Stored array, scale, and whether all numbers were finite and all scales in range."""
-    codes, scale, checks = _encode(x, method, blocks)
+    x: Array, method: str, blocks: Blocks, packed: int | None, check: bool
+) -> tuple[Array, Array, Range | None]:
+    """Stored array, scale, and, where they are to be checked, what is known of the numbers."""
+    codes, scale, found = _encode(x, method, blocks, check)
     if packed is not None:
         codes = pack(codes, packed)
-    return codes.astype(METHODS[method].dtype), scale, checks
+    return codes.astype(METHODS[method].dtype), scale, found
 
 
-@functools.partial(jax.jit, static_argnames=("method", "blocks"))
-def _encode_and_decode(x: Array, method: str, blocks: Blocks) -> tuple[Array, tuple[Array, Array]]:
-    codes, scale, checks = _encode(x, method, blocks)
-    return scaled(METHODS[method].values(codes), scale).astype(x.dtype), checks
-
-
-def _encode(x: Array, method: str, blocks: Blocks) -> tuple[Array, Array, tuple[Array, Array]]:
+def _encode(
+    x: Array, method: str, blocks: Blocks, check: bool
+) -> tuple[Array, Array, Range | None]:
     row = METHODS[method]
     groups, axes, scale_shape = _groups(x.shape, blocks)
     x32 = x.astype(jnp.float32).reshape(groups)
     high, low = (reduce(x32, axes, keepdims=True) for reduce in (jnp.max, jnp.min))
-    peak = jnp.maximum(high, -low)
-    codes, scale = row.encode(x32, peak, axes)
+    codes, scale = row.encode(x32, jnp.maximum(high, -low), axes)
     kept = scale.astype(row.scale_dtype)
-    checks = jnp.all(jnp.isfinite(peak)), jnp.all(jnp.isfinite(kept) | ~jnp.isfinite(peak))
-    return codes.reshape(x.shape), kept.reshape(scale_shape), checks
+    found = (_all_finite(x), jnp.all(jnp.isfinite(kept))) if check else None
+    return codes.reshape(x.shape), kept.reshape(scale_shape), found
+
+
+def _all_finite(x: Array) -> Array:
+    """Whether no number is NaN or infinite: zero times one of these is NaN.
+
+    A maximum does not tell: on CPU, jaxlib 0.10.2 loses NaN in those of larger arrays.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.all(jnp.isfinite(jnp.zeros((1, rows.shape[0]), x.dtype) @ rows))
 
 
 def _groups(
@@ -277,10 +292,16 @@ def _groups(
     return tuple(split), tuple(axes), scale
 
 
-def check_range(method: QuantizationMethod, finite: Array, fits: Array) -> None:
+def is_known(x: Any) -> bool:
+    """Whether the numbers of an array are known, and not those of a program being traced."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def check_range(method: QuantizationMethod, found: Range | None) -> None:
     """Refuses what has no scale; numbers are not known inside ``jax.jit``."""
-    if isinstance(finite, jax.core.Tracer):
+    if found is None:
         return
+    finite, fits = found
     if not finite:
         raise ValueError(
             "NaN or infinity cannot be quantized, and the array holds one. Mend it first."

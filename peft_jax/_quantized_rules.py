@@ -34,7 +34,7 @@ from peft_jax._quantized_dot import (
 )
 from peft_jax._registry import Call, Layer, layer_type, require_layer
 from peft_jax._rules import SIMULATION, STORAGE, Init, Rule
-from peft_jax._spec_box import partitioned_like
+from peft_jax._spec_box import partitioned_like, reboxed, scale_axes
 from peft_jax._specs import contracted_axes
 from peft_jax._state import recording
 from peft_jax._stored import StoredValues, as_stored
@@ -93,7 +93,7 @@ class StorageRule(Rule):
         if not module.has_variable("params", name):
             return self._store(call, layer, read(make))
         weight = self._stored(call, layer)
-        made = meta.unbox(jax.eval_shape(make, jax.random.key(0)))
+        made = jax.eval_shape(lambda key: meta.unbox(make(key)), jax.random.key(0))
         if weight.shape != made.shape:
             raise ValueError(
                 f"'{call.path}/{name}' holds stored values of shape {weight.shape}, but "
@@ -103,7 +103,7 @@ class StorageRule(Rule):
         box = read(lambda key: kept)
         weight = weight.astype(made.dtype)
         value = weight if module.__dict__.get(_IN_PARTS) else weight.dequantized()
-        return meta.replace_boxed(box, value) if isinstance(box, meta.AxisMetadata) else value
+        return reboxed(box, value)
 
     def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
         layer = require_layer(call.module, f"{self.wrapper} wraps")
@@ -118,9 +118,10 @@ class StorageRule(Rule):
         with _at(call, layer.param):
             values, scale = quantize(value, self.method, _axes(self.method, layer, call))
         scale_at = unused_scale_name(layer.param, scope.variables().get("params", {}))
-        scope.put_variable("params", layer.param, meta.replace_boxed(drawn, values))
-        scope.put_variable("params", scale_at, partitioned_like(drawn, scale))
-        return meta.replace_boxed(drawn, dequantize(values, scale, value.dtype))
+        scale_box = partitioned_like(drawn, scale, scale_axes(value.shape, scale.shape))
+        scope.put_variable("params", layer.param, reboxed(drawn, values))
+        scope.put_variable("params", scale_at, scale_box)
+        return reboxed(drawn, dequantize(values, scale, value.dtype))
 
     def _stored(self, call: Call, layer: Layer) -> Weight:
         """The stored weight of the layer, if it is what this rule reads."""

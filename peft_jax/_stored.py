@@ -14,7 +14,10 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-_LEAF = re.compile(r"(?P<method>[a-z][a-z0-9_]*?)(?:(?P<odd>_odd)?_axis(?P<axis>-?\d+))?")
+_LEAF = re.compile(r"(?P<method>[a-z][a-z0-9_]*?)(?:_axis(?P<axis>-?\d+)_len(?P<length>\d+))?")
+
+# The names of all methods; the table of methods fills it.
+METHOD_NAMES: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,49 +27,55 @@ class Layout:
     Two values of four bits share a byte: along the packed axis of length ``n``, the low bits of
     place ``i`` hold value ``i`` and the high bits value ``i + ceil(n / 2)``. Where ``n`` is odd,
     the last high bits are empty. The name is ``method`` for values of a byte each and
-    ``method_axis-2`` or ``method_odd_axis-2`` for packed ones.
+    ``method_axis-2_len64`` for packed ones.
 
     Attributes:
       method: a row of the table of methods.
       axis: the packed axis, counted from the end, or from the front where it is not negative (the
         layer is stacked along a later axis: slices of the stack keep their meaning so too). None:
         a byte holds one value.
-      odd: whether the packed axis has an odd length.
+      length: the number of values along the packed axis.
     """
 
     method: str
     axis: int | None = None
-    odd: bool = False
+    length: int | None = None
 
     def __str__(self) -> str:
-        if self.axis is None:
-            return self.method
-        return f"{self.method}{'_odd' if self.odd else ''}_axis{self.axis}"
+        packed = "" if self.axis is None else f"_axis{self.axis}_len{self.length}"
+        return self.method + packed
 
-    @classmethod
-    def parse(cls, name: str) -> Layout:
-        """Reads a leaf's name."""
-        layout = _parse(name)
-        if layout is None:
-            raise ValueError(f"{name!r} is no name of stored values, such as 'int4_axis-2'.")
-        return layout
+    @property
+    def odd(self) -> bool:
+        """Whether the last high bits are empty."""
+        return self.length is not None and self.length % 2 == 1
 
     def shape(self, packed: Sequence[int]) -> tuple[int, ...]:
         """The shape of the values, for an array of this shape."""
-        if self.axis is None:
-            return tuple(packed)
         shape = list(packed)
-        shape[self.axis] = 2 * shape[self.axis] - self.odd
+        if self.axis is None or self.length is None:
+            return tuple(shape)
+        inside = -len(shape) <= self.axis < len(shape)
+        if not inside or shape[self.axis] != -(-self.length // 2):
+            raise ValueError(
+                f"Stored values named '{self}' lie in an array of shape {tuple(shape)}, which "
+                f"does not hold {self.length} values along axis {self.axis}: it was cut along the "
+                "packed axis, or stacked along an axis that the name does not allow for. "
+                "Quantize stacked layers by `peft.quantize_checkpoint` with specs, and spread "
+                "packed weights over devices by shardings."
+            )
+        shape[self.axis] = self.length
         return tuple(shape)
 
 
 @functools.lru_cache(maxsize=256)
 def _parse(name: str) -> Layout | None:
     found = _LEAF.fullmatch(name)
-    if found is None:
+    if found is None or found["method"] not in METHOD_NAMES:
         return None
-    axis = found["axis"]
-    return Layout(found["method"], None if axis is None else int(axis), found["odd"] is not None)
+    if found["axis"] is None:
+        return Layout(found["method"])
+    return Layout(found["method"], int(found["axis"]), int(found["length"]))
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -123,7 +132,7 @@ class StoredValues:
         if not hasattr(self.array, "shape"):
             return f"StoredValues({str(self.layout)!r}, {self.array!r})"
         held = f"{self.array.dtype}{list(self.array.shape)}"
-        return f"StoredValues({self.method}, shape={self.shape}, in {held})"
+        return f"StoredValues({self.layout}, {held})"
 
     def __jax_array__(self) -> Array:
         raise ValueError(self._refusal())
@@ -133,8 +142,8 @@ class StoredValues:
 
     def _refusal(self) -> str:
         return (
-            f"{_reader()} reads stored {self.method} values of shape {self.shape} as if they were "
-            "an array. Wrap the layer (`peft.Int4Dense(wrapped=..., method=...)` and the like, by "
+            f"{_reader()} reads stored {self.method} values as if they were an array. Wrap the "
+            "layer (`peft.Int4Dense(wrapped=..., method=...)` and the like, by "
             "`peft.ModuleInterceptor` for models that are there already), or turn the parameters "
             "back by `peft.dequantize_checkpoint`."
         )
@@ -202,8 +211,7 @@ def unpack(array: Array, layout: Layout) -> Array:
         return array
     axis = layout.axis % array.ndim
     codes = jnp.concatenate(halves(array), axis=axis)
-    length = codes.shape[axis] - layout.odd
-    return jax.lax.slice_in_dim(codes, 0, length, axis=axis)
+    return jax.lax.slice_in_dim(codes, 0, layout.shape(array.shape)[axis], axis=axis)
 
 
 def halves(array: Array) -> tuple[Array, Array]:

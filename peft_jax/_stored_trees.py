@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flax import serialization
 from flax.core import meta
 
 from peft_jax._names import scale_name, unused_scale_name
-from peft_jax._stored import as_stored
+from peft_jax._stored import StoredValues, as_stored
 from peft_jax._trees import Path, children, is_branch, rebuild, slashed
 
 
@@ -31,10 +32,11 @@ def with_stored(tree: Any, done: Mapping[Path, tuple[Any, Any]], path: Path = ()
         here[key], scales[key] = done[inner]
     for key in sorted(scales):
         name = unused_scale_name(key, here)
-        if name in here:
+        if name in here or scale_name(key, {**here, name: None}) != name:
             raise ValueError(
-                f"'{slashed((*path, key))}' would have its scale at {name!r}, which is taken: "
-                f"beside it lie {sorted(here)}. Leave it out (`select=`)."
+                f"'{slashed((*path, key))}' would have its scale at {name!r}, which is taken, or "
+                f"could not be told from what lies beside it: {sorted(here)}. Leave it out "
+                "(`select=`)."
             )
         here[name] = scales[key]
     return rebuild(tree, here)
@@ -68,3 +70,28 @@ def without_stored(tree: Any, done: Mapping[Path, Any], path: Path = ()) -> Any:
         if inner in done:
             scales.add(scale_name(key, tree))
     return rebuild(tree, {key: value for key, value in here.items() if key not in scales})
+
+
+def scales_in(tree: Any) -> set[str]:
+    """The names of the scales that lie directly in a container."""
+    if not isinstance(tree, Mapping):
+        return set()
+    stored = [key for key, value in tree.items() if as_stored(meta.unbox(value)) is not None]
+    return {name for key in stored if (name := scale_name(key, tree)) is not None}
+
+
+def _to_state(stored: StoredValues) -> dict[str, Any]:
+    return {str(stored.layout): stored.array}
+
+
+def _from_state(stored: StoredValues, state: dict[str, Any]) -> StoredValues:
+    read = as_stored(state)
+    if read is None or read.layout != stored.layout:
+        raise ValueError(
+            f"Stored values named '{stored.layout}' cannot be read from {sorted(state)}. Restore "
+            "into parameters that were stored by the same method."
+        )
+    return read
+
+
+serialization.register_serialization_state(StoredValues, _to_state, _from_state)
