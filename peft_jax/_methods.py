@@ -37,9 +37,9 @@ _NF4 = np.ravel(
 )
 
 
-def _reciprocal(x: Array) -> Array:
+def _reciprocal(x: Array, tiny: float = _TINY) -> Array:
     """``1 / x``, and 0 where x is tiny."""
-    return jnp.where(jnp.abs(x) < _TINY, 0.0, 1 / jnp.where(x == 0, 1.0, x))
+    return jnp.where(jnp.abs(x) < tiny, 0.0, 1 / jnp.where(x == 0, 1.0, x))
 
 
 def _encode_integers(
@@ -66,7 +66,7 @@ def _encode_q4_0(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, A
     scale = jnp.where(negative, peak, -peak) / 8
     # XLA contracts a product and a sum into one rounding, which GGML does not; the clip, which
     # changes nothing, stands between them.
-    scaled = jnp.clip(x * _reciprocal(scale), -9.0, 9.0)
+    scaled = jnp.clip(x * _reciprocal(scale, _TINY / 8), -9.0, 9.0)
     return jnp.minimum((scaled + 8.5).astype(jnp.int32), 15), scale
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -103,8 +104,7 @@ def dequantize(values: Any, scale: Array, dtype: Any = jnp.float32) -> Array:
     Raises:
       ValueError: where the scale does not fit the values.
     """
-    numbers = decoded(values)
-    return scaled(numbers, scale).astype(dtype)
+    return scaled(decoded(values), jnp.asarray(scale)).astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -185,8 +185,8 @@ def blocks_of(
                 f"{method.name} has a scale for each output channel; which axes of a weight of "
                 f"shape {tuple(shape)} are inputs cannot be told. Pass `axes`, the contracted ones."
             )
-        axes = (-2,)
-    chosen = {axes} if isinstance(axes, int) else set(axes)
+        axes = -2
+    chosen = _positions(axes, shape)
     if not chosen:
         raise ValueError(
             f"{method.name} has a scale for each output channel, and the layer contracts no axis "
@@ -199,6 +199,17 @@ def blocks_of(
         )
     chosen = {axis % rank for axis in chosen}
     return tuple(length if i in chosen else 1 for i, length in enumerate(shape))
+
+
+def _positions(axes: Any, shape: Sequence[int]) -> set[int]:
+    """Axes, given as one integer or several."""
+    try:
+        return {operator.index(axis) for axis in (axes if isinstance(axes, Iterable) else [axes])}
+    except TypeError as error:
+        raise ValueError(
+            f"axes={axes!r} does not name axes of a weight of shape {tuple(shape)}: they are one "
+            "integer or several."
+        ) from error
 
 
 def packed_axis(
@@ -225,7 +236,7 @@ def packed_axis(
     if METHODS[method].bits == 8:
         return None
     rank = len(shape)
-    wanted = (max(-2, -rank),) if axes is None else (axes,) if isinstance(axes, int) else axes
+    wanted = {max(-2, -rank)} if axes is None else _positions(axes, shape)
     contracted = {axis % rank for axis in wanted}
     avoided = {axis % rank for axis in avoid}
 
@@ -263,7 +274,13 @@ def _encode(
     groups, axes, scale_shape = _groups(x.shape, blocks)
     x32 = x.astype(jnp.float32).reshape(groups)
     high, low = (reduce(x32, axes, keepdims=True) for reduce in (jnp.max, jnp.min))
-    codes, scale = row.encode(x32, jnp.maximum(high, -low), axes)
+    peak = jnp.maximum(high, -low)
+    if row.scale_dtype == jnp.float32:  # the reciprocal of a huge peak would be rounded to zero
+        factor = jnp.where(peak > 2.0**100, 2.0**-8, 1.0)
+        codes, scale = row.encode(x32 * factor, peak * factor, axes)
+        scale = scale / factor
+    else:
+        codes, scale = row.encode(x32, peak, axes)
     kept = scale.astype(row.scale_dtype)
     found = (_all_finite(x), jnp.all(jnp.isfinite(kept))) if check else None
     return codes.reshape(x.shape), kept.reshape(scale_shape), found

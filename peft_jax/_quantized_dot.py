@@ -192,6 +192,11 @@ def quantized_rows(values: StoredValues, scale: Array, ids: Array, dtype: Any) -
     check_scale(values.shape, scale.shape)
     rows, features = values.shape
     layout, array = values.layout, values.array
+    if not ids.size:
+        return jnp.zeros((*ids.shape, features), dtype)
+    if ids.dtype.itemsize >= 4:  # what is out of range stays so in 32 bits
+        ids = jnp.clip(ids, -rows - 1 if jnp.issubdtype(ids.dtype, jnp.signedinteger) else 0, rows)
+    ids = ids.astype(jnp.int32)
     ids = jnp.where(ids < 0, ids + rows, ids)
     there = (ids >= 0) & (ids < rows)
     ids = jnp.where(there, ids, 0)

@@ -117,7 +117,8 @@ class StoredValues:
     @property
     def nbytes(self) -> int:
         """The bytes of the stored array."""
-        return int(self.array.nbytes)
+        lengths = (*self.array.shape, self.array.dtype.itemsize)
+        return int(functools.reduce(lambda product, length: product * length, lengths, 1))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], Layout]:
         """One leaf, under the layout's name: it flattens as a dict does."""

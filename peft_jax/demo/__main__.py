@@ -1,0 +1,5 @@
+"""`python -m peft_jax.demo`."""
+
+from peft_jax.demo import main
+
+main()
