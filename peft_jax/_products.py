@@ -77,11 +77,12 @@ class Einsum(Product):
             array = _apart(array, x, on_cpu)
         numbers = method_of(layout).values(unpack(array, layout))
         left, right, out = split_terms(self.equation)
+        diagonal = len(set(left)) < len(left)
         if _varies_along(scale, right) <= set(out):
             exact = dataclasses.replace(self, dtype=widest(self.dtype))
             y = exact(x, numbers.astype(x.dtype))
             return (y * _factor(scale, right, out, numbers.shape, y.dtype)).astype(self.dtype)
-        if _varies_along(scale, right) <= set(left):
+        if _varies_along(scale, right) <= set(left) and not diagonal:
             factor = _factor(scale, right, left, numbers.shape, widest(x.dtype))
             x = (x.astype(factor.dtype) * factor).astype(x.dtype)
             return self(x, numbers.astype(x.dtype))
