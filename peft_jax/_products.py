@@ -31,7 +31,7 @@ class Product:
         self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
     ) -> Array:
         """The product with stored values, by dequantizing all of them."""
-        if backward:
+        if backward or on_cpu:
             array = _apart(array, x, on_cpu)
         weight = scaled(method_of(layout).values(unpack(array, layout)), scale)
         return self(x, weight.astype(x.dtype))
@@ -73,7 +73,7 @@ class Einsum(Product):
             y = tiled_einsum(self.equation, x, array, scale, layout)
             if y is not None:
                 return y.astype(self.dtype)
-        if backward:
+        if backward or on_cpu:
             array = _apart(array, x, on_cpu)
         numbers = method_of(layout).values(unpack(array, layout))
         left, right, out = split_terms(self.equation)
@@ -182,9 +182,10 @@ class Vmapped(Product):
 
 
 def _apart(array: Array, x: Array, on_cpu: bool) -> Array:
-    """The same bits, which XLA cannot tell to be those of the forward pass.
+    """The same bits, which XLA cannot tell to be those of another product.
 
-    Otherwise it would dequantize once, and keep the weight of every layer until the backward pass.
+    Otherwise it would dequantize once, and keep the weight of every layer until the backward pass;
+    on CPU it would also dequantize all layers before the first one runs.
     """
     if not on_cpu:
         return jax.lax.optimization_barrier((array, x))[0]

@@ -92,11 +92,11 @@ def reboxed(box: Any, value: Any) -> Any:
 
 def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
     """Specs of the adapters that ``init(*given)`` initializes, by the path of each adapter."""
-    found = traced_boxes(init, *given)
+    places = {path.rpartition("/"): box for path, box in traced_boxes(init, *given).items()}
     return {
-        path.removesuffix("/a"): _stacked(box.spec, box.stack_axes)
-        for path, box in found.items()
-        if isinstance(box.spec, LoraSpec) and path.endswith("/a")
+        parent: _stacked(box.spec, box.stack_axes)
+        for (parent, _, name), box in places.items()
+        if isinstance(box.spec, LoraSpec) and name == "a"
     }
 
 
