@@ -2,6 +2,7 @@
 #
 #   make demo          the demo, on real data, with a picture in out/demo (options: make demo ARGS="--rank 4")
 #   make test          formatting, lint, types and tests
+#   make test-slow     the tests that take longest: notebooks, large matrices
 #   make test-interop  tests against transformers and other peers, in an environment of their own
 #   make benchmark     training steps of this library and of its peers, side by side; another script
 #                      of benchmarks/ by name: make benchmark SCRIPT=quantized_matmul ARGS="--repeats 9"
@@ -32,7 +33,7 @@ INTACT := import importlib.util as util, pip; assert util.find_spec('peft_jax')
 $(foreach stamp,$(wildcard $(READY) $(READY_INTEROP)),$(shell \
     $(dir $(stamp))bin/python -P -c "$(INTACT)" >/dev/null 2>&1 || rm -f $(stamp)))
 
-.PHONY: demo test test-interop benchmark lint format clean
+.PHONY: demo test test-slow test-interop benchmark lint format clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml
@@ -62,7 +63,11 @@ format: $(READY)
 	.venv/bin/python -m ruff check --fix .
 
 test: lint
-	.venv/bin/python -m pytest tests --ignore=tests/interop -n $(WORKERS)
+	.venv/bin/python -m pytest tests --ignore=tests/interop -n $(WORKERS) -m "not slow"
+
+# Whole notebooks, and matrices of which `make test` runs a part.
+test-slow: $(READY)
+	.venv/bin/python -m pytest tests --ignore=tests/interop -n $(WORKERS) -m slow
 
 # The peers raise warnings of their own, which are theirs to mend.
 test-interop: $(READY_INTEROP)

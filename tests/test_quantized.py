@@ -695,6 +695,7 @@ LIFTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"), [*((name, "int4") for name in LIFTED), ("scan along axis 1", "q4_0")]
 )
@@ -923,6 +924,7 @@ def test_training_on_a_quantized_base(method):
     chex.assert_trees_all_equal(peft.split_params(params).original, before)
 
 
+@pytest.mark.slow
 @every_method
 def test_training_under_simulation(method):
     """The loss falls, and the trained weights, stored, compute what was simulated."""
@@ -947,6 +949,7 @@ def test_training_under_simulation(method):
 # --- Simulation ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "scanned"), [*((method, False) for method in METHODS), ("int4", True), ("nf4", True)]
 )

@@ -123,6 +123,7 @@ PAIRS = tuple(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("equation", "method", "rows"), PAIRS)
 def test_products_and_their_derivatives(equation, method, rows):
     left, right = equation.split("->")[0].split(",")
@@ -143,6 +144,7 @@ def test_rows_of_input(method, rows):
     check_product("ti,io->to", drawn((rows, 1088)), *stored((1088, 1056), method), compiled=jax.jit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "rows", "packed"),
     [
