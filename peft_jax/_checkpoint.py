@@ -238,10 +238,15 @@ def _planned(
     path: Path, leaf: Any, method: QuantizationMethod, specs: Mapping[str, LayerSpec] | None
 ) -> _Plan:
     value, name = meta.unbox(leaf), "/".join(path)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"'{name}' is a shape without numbers. For the shapes of stored weights, use "
+            "`jax.eval_shape(lambda params: peft.quantize_checkpoint(params, ...), params)`."
+        )
     if not jnp.issubdtype(value.dtype, jnp.floating) or not value.size:
         raise ValueError(
-            f"'{name}' is {value.dtype}{list(value.shape)}; floating-point weights are quantized. "
-            "Leave it out (`select=`)."
+            f"'{name}' is {value.dtype}{list(value.shape)}; floating-point weights that are not "
+            "empty are quantized. Leave it out (`select=`)."
         )
     spec = None if specs is None else specs[name]
     if spec is None and value.ndim != 2 and method not in _ANY_LAYOUT:

@@ -82,11 +82,16 @@ def quantize(
       ValueError: on lengths that blocks do not divide, axes that do not fit, and, outside of
         ``jax.jit``, on NaN and infinity and on scales beyond float16.
     """
+    return quantize_layer(x, method, axes, axes)
+
+
+def quantize_layer(x: Any, method: Any, axes: Any, contracted: Any) -> tuple[Any, Array]:
+    """`quantize`, packed for products along the contracted axes, whatever the method's axes."""
     method, x = QuantizationMethod(method), _checked(x)
     if method is QuantizationMethod.NONE:
         return x, jnp.ones((1,) * x.ndim, x.dtype)
     blocks = blocks_of(method, x.shape, axes)
-    packed = packed_axis(method, x.shape, axes)
+    packed = packed_axis(method, x.shape, contracted)
     (x,), back = without_explicit_axes(x)
     array, scale, found = encode(x, method.value, blocks, packed, is_known(x))
     check_range(method, found)

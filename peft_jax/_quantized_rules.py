@@ -24,7 +24,7 @@ from peft_jax._quantize import (
     QuantizationMethod,
     check_scale,
     dequantize,
-    quantize,
+    quantize_layer,
     simulate_quantize,
 )
 from peft_jax._quantized_dot import (
@@ -116,7 +116,9 @@ class StorageRule(Rule):
         """Puts the quantized weight in the place of the one that the layer has drawn."""
         scope, value = call.module.scope, meta.unbox(drawn)
         with _at(call, layer.param):
-            values, scale = quantize(value, self.method, _axes(self.method, layer, call))
+            axes = _axes(self.method, layer, call)
+            contracted = contracted_axes(layer.equation(call)) or None
+            values, scale = quantize_layer(value, self.method, axes, contracted)
         scale_at = unused_scale_name(layer.param, scope.variables().get("params", {}))
         scale_box = partitioned_like(drawn, scale, scale_axes(value.shape, scale.shape))
         scope.put_variable("params", layer.param, reboxed(drawn, values))
