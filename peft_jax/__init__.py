@@ -17,9 +17,10 @@ from peft_jax._lora import (
     LoRAEmbed,
     LoRAWeight,
 )
+from peft_jax._methods import QuantizationMethod
 from peft_jax._model import layer_specs, lora_specs
 from peft_jax._params import fuse_params, merge_params, split_params
-from peft_jax._quantize import QuantizationMethod, dequantize, quantize, simulate_quantize
+from peft_jax._quantize import dequantize, quantize, simulate_quantize
 from peft_jax._quantized import (
     Int4Conv,
     Int4Dense,

@@ -17,10 +17,11 @@ from flax.core import meta
 from tqdm import tqdm
 
 from peft_jax._equation import parse_equation
+from peft_jax._methods import METHODS, QuantizationMethod
 from peft_jax._names import is_adapter
 from peft_jax._placement import named_sharding, sharded_like, spread_axes, without_explicit_axes
 from peft_jax._quantize import (
-    QuantizationMethod,
+    axes_for,
     blocks_of,
     check_range,
     dequantize,
@@ -37,9 +38,6 @@ from peft_jax._trees import Path, children, is_branch, slashed, stored_paths
 
 Array = jax.Array
 Select = Callable[[str], bool] | str | re.Pattern[str]
-
-# Their blocks lie along the last axes, whichever axes the layer contracts.
-_ANY_LAYOUT = (QuantizationMethod.Q4_0, QuantizationMethod.Q4_0_TRANSPOSE)
 
 
 def quantize_checkpoint(
@@ -249,7 +247,7 @@ def _planned(
             "empty are quantized. Leave it out (`select=`)."
         )
     spec = None if specs is None else specs[name]
-    if spec is None and value.ndim != 2 and method not in _ANY_LAYOUT:
+    if spec is None and value.ndim != 2 and not METHODS[method].any_layout:
         raise ValueError(
             f"'{name}' has shape {value.shape}: {method.name} depends on which of its axes the "
             "layer contracts. Pass specs=peft.layer_specs(model, *inputs), or leave it out "
@@ -262,7 +260,7 @@ def _planned(
     order = layer_axes(value.ndim, stack)
     shape = [value.shape[i] for i in order]
     try:
-        inner = blocks_of(method, shape, contracted if method.per_channel else None)
+        inner = blocks_of(method, shape, axes_for(method, contracted))
         spread = [i for i, place in enumerate(order) if place in _avoided(leaf)]
         stacked = sorted(set(range(value.ndim)) - set(order))
         nameable = [

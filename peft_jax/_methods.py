@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,10 +12,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax._stored import METHOD_NAMES, Layout
-
 Array = jax.Array
 
+
+class QuantizationMethod(enum.StrEnum):
+    """How weights are stored in few bits; a string serves as well (``"q4_0"``).
+
+    ==================  ====  ==========================================  ===============
+    method              bits  one scale for                               scale
+    ==================  ====  ==========================================  ===============
+    ``NONE``                  (the identity)
+    ``INT4``            4     each output channel                         float32
+    ``INT8``            8     each output channel                         float32
+    ``Q4_0``            4     32 values along the last axis               float16
+    ``Q4_0_TRANSPOSE``  4     32 values along the axis before last        float16
+    ``SFP8``            8     each output channel                         float32
+    ``NF4``             4     64 values along the axis before last        float32
+    ==================  ====  ==========================================  ===============
+    """
+
+    NONE = "none"
+    INT4 = "int4"
+    INT8 = "int8"
+    Q4_0 = "q4_0"
+    Q4_0_TRANSPOSE = "q4_0_transpose"
+    SFP8 = "sfp8"
+    NF4 = "nf4"
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """The axis of the method's blocks and how many values each holds; None: it has none."""
+        return METHODS[self].block if self in METHODS else None
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether the scale is one for each output channel, so that the layer's axes matter."""
+        return self in METHODS and self.block is None
+
+    @classmethod
+    def _missing_(cls, value: object) -> QuantizationMethod | None:
+        if isinstance(value, str) and value.lower() in {member.value for member in cls}:
+            return cls(value.lower())
+        raise ValueError(
+            f"{value!r} is no quantization method. There are {[member.value for member in cls]}."
+        )
+
+
+# --- How each encodes and decodes ----------------------------------------------------------------
 # Each encodes `(x, peak, axes)`, float32 values in groups, the largest magnitude of each group and
 # the axes along which groups extend, as `(codes, scale)`; `scale * decode(codes)` approximates x.
 # Codes are int32 until they are packed: XLA on CPU is several times slower in bytes.
@@ -61,7 +105,7 @@ def _encode_q4_0(x: Array, peak: Array, axes: tuple[int, ...]) -> tuple[Array, A
         last = 2 * x.shape[axis]
         return jnp.min(jnp.where(jnp.abs(x) == peak, place, last), axis, keepdims=True) % 2 == 1
 
-    tied = jnp.any((high == -low) & (high > 0))  # so rarely that the search is worth a branch
+    tied = jnp.any((high == -low) & (high > 0))  # seldom, but for numbers of few bits
     negative = jax.lax.cond(tied, first_is_negative, lambda: -low > high)
     scale = jnp.where(negative, peak, -peak) / 8
     # XLA contracts a product and a sum into one rounding, which GGML does not; the clip, which
@@ -128,6 +172,7 @@ class Method:
       bits: 4, two codes in a byte, or 8.
       block: the axis, and how many values along it share a scale; None: the scale is that of an
         output channel.
+      any_layout: whether the blocks are meant to lie so whichever axes a layer contracts.
       scale_dtype: the dtype in which the scale is kept.
     """
 
@@ -136,6 +181,7 @@ class Method:
     decode: Callable[[Array], Array] | None = None
     offset: int = 0
     block: tuple[int, int] | None = None
+    any_layout: bool = False
     scale_dtype: Any = jnp.float32
 
     @property
@@ -153,21 +199,16 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "int4": Method(functools.partial(_encode_integers, largest=7, offset=8), 4, offset=8),
-    "int8": Method(functools.partial(_encode_integers, largest=127, offset=0), 8),
-    "q4_0": Method(_encode_q4_0, 4, offset=8, block=(-1, 32), scale_dtype=jnp.float16),
-    "q4_0_transpose": Method(_encode_q4_0, 4, offset=8, block=(-2, 32), scale_dtype=jnp.float16),
-    "sfp8": Method(_encode_sfp8, 8, decode=_decode_sfp8),
-    "nf4": Method(_encode_nf4, 4, decode=_decode_nf4, block=(-2, 64)),
+    QuantizationMethod.INT4: Method(
+        functools.partial(_encode_integers, largest=7, offset=8), 4, offset=8
+    ),
+    QuantizationMethod.INT8: Method(functools.partial(_encode_integers, largest=127, offset=0), 8),
+    QuantizationMethod.Q4_0: Method(
+        _encode_q4_0, 4, offset=8, block=(-1, 32), any_layout=True, scale_dtype=jnp.float16
+    ),
+    QuantizationMethod.Q4_0_TRANSPOSE: Method(
+        _encode_q4_0, 4, offset=8, block=(-2, 32), any_layout=True, scale_dtype=jnp.float16
+    ),
+    QuantizationMethod.SFP8: Method(_encode_sfp8, 8, decode=_decode_sfp8),
+    QuantizationMethod.NF4: Method(_encode_nf4, 4, decode=_decode_nf4, block=(-2, 64)),
 }
-METHOD_NAMES.update(METHODS)
-
-
-def method_of(layout: Layout) -> Method:
-    """The row of the table for stored values."""
-    if layout.method not in METHODS:
-        raise ValueError(
-            f"Values are stored as {layout.method!r}, which is no method known here: "
-            f"{sorted(METHODS)}."
-        )
-    return METHODS[layout.method]

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._einsum import is_contraction, split_terms, widest
-from peft_jax._methods import method_of
 from peft_jax._quantize import scaled
 from peft_jax._stored import Layout, unpack
 from peft_jax._tiled_einsum import tiled_einsum
@@ -33,7 +32,7 @@ class Product:
         """The product with stored values, by dequantizing all of them."""
         if backward or on_cpu:
             array = _apart(array, x, on_cpu)
-        weight = scaled(method_of(layout).values(unpack(array, layout)), scale)
+        weight = scaled(layout.row.values(unpack(array, layout)), scale)
         return self(x, weight.astype(x.dtype))
 
     def transposed(self, x: Type) -> Product:
@@ -75,7 +74,7 @@ class Einsum(Product):
                 return y.astype(self.dtype)
         if backward or on_cpu:
             array = _apart(array, x, on_cpu)
-        numbers = method_of(layout).values(unpack(array, layout))
+        numbers = layout.row.values(unpack(array, layout))
         left, right, out = split_terms(self.equation)
         diagonal = len(set(left)) < len(left)
         if _varies_along(scale, right) <= set(out):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import operator
 from collections.abc import Iterable, Sequence
@@ -11,51 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax._methods import METHODS, method_of
+from peft_jax._methods import METHODS, QuantizationMethod
 from peft_jax._placement import without_explicit_axes
 from peft_jax._stored import Layout, StoredValues, as_stored, pack, unpack
 
 Array = jax.Array
 Blocks = tuple[int, ...]  # for each axis, how many values in a row share a scale
 Range = tuple[Array, Array]  # whether all numbers are finite, and all scales
-
-
-class QuantizationMethod(enum.StrEnum):
-    """How weights are stored in few bits; a string serves as well (``"q4_0"``).
-
-    ==================  ====  ==========================================  ===============
-    method              bits  one scale for                               scale
-    ==================  ====  ==========================================  ===============
-    ``NONE``                  (the identity)
-    ``INT4``            4     each output channel                         float32
-    ``INT8``            8     each output channel                         float32
-    ``Q4_0``            4     32 values along the last axis               float16
-    ``Q4_0_TRANSPOSE``  4     32 values along the axis before last        float16
-    ``SFP8``            8     each output channel                         float32
-    ``NF4``             4     64 values along the axis before last        float32
-    ==================  ====  ==========================================  ===============
-    """
-
-    NONE = "none"
-    INT4 = "int4"
-    INT8 = "int8"
-    Q4_0 = "q4_0"
-    Q4_0_TRANSPOSE = "q4_0_transpose"
-    SFP8 = "sfp8"
-    NF4 = "nf4"
-
-    @property
-    def per_channel(self) -> bool:
-        """Whether the scale is one for each output channel, so that the layer's axes matter."""
-        return self is not QuantizationMethod.NONE and METHODS[self].block is None
-
-    @classmethod
-    def _missing_(cls, value: object) -> QuantizationMethod | None:
-        if isinstance(value, str) and value.lower() in {member.value for member in cls}:
-            return cls(value.lower())
-        raise ValueError(
-            f"{value!r} is no quantization method. There are {[member.value for member in cls]}."
-        )
 
 
 def quantize(
@@ -82,20 +43,34 @@ def quantize(
       ValueError: on lengths that blocks do not divide, axes that do not fit, and, outside of
         ``jax.jit``, on NaN and infinity and on scales beyond float16.
     """
-    return quantize_layer(x, method, axes, axes)
-
-
-def quantize_layer(x: Any, method: Any, axes: Any, contracted: Any) -> tuple[Any, Array]:
-    """`quantize`, packed for products along the contracted axes, whatever the method's axes."""
     method, x = QuantizationMethod(method), _checked(x)
     if method is QuantizationMethod.NONE:
         return x, jnp.ones((1,) * x.ndim, x.dtype)
-    blocks = blocks_of(method, x.shape, axes)
+    return _stored(x, method, blocks_of(method, x.shape, axes), axes)
+
+
+def quantize_layer(
+    x: Any, method: QuantizationMethod, contracted: Sequence[int]
+) -> tuple[StoredValues, Array]:
+    """`quantize` for a layer that contracts these axes, by any method but ``NONE``."""
+    x = _checked(x)
+    return _stored(x, method, blocks_of(method, x.shape, axes_for(method, contracted)), contracted)
+
+
+def axes_for(method: QuantizationMethod, contracted: Sequence[int] | None) -> Any:
+    """The ``axes`` that a method takes for a layer: those that it contracts, or None."""
+    return contracted if method.per_channel else None
+
+
+def _stored(
+    x: Array, method: QuantizationMethod, blocks: Blocks, contracted: Any
+) -> tuple[StoredValues, Array]:
     packed = packed_axis(method, x.shape, contracted)
     (x,), back = without_explicit_axes(x)
     array, scale, found = encode(x, method.value, blocks, packed, is_known(x))
     check_range(method, found)
-    return StoredValues(layout_of(method, x.shape, packed), back(array)), back(scale)
+    layout = Layout(method.value, packed, None if packed is None else x.shape[packed])
+    return StoredValues(layout, back(array)), back(scale)
 
 
 def dequantize(values: Any, scale: Array, dtype: Any = jnp.float32) -> Array:
@@ -149,7 +124,7 @@ def simulate_quantize(
     blocks = blocks_of(method, x.shape, axes)
     if is_known(x):
         (known,), _ = without_explicit_axes(x)
-        check_range(method, encode(known, method.value, blocks, None, True)[2])
+        check_range(method, _range(known, method.value, blocks))
     return _simulated(x, method.value, blocks)
 
 
@@ -256,11 +231,6 @@ def packed_axis(
     return max(range(rank) if among is None else among, key=rating) - rank
 
 
-def layout_of(method: QuantizationMethod, shape: Sequence[int], packed: int | None) -> Layout:
-    """How values of this shape lie in their array."""
-    return Layout(method.value, packed, None if packed is None else shape[packed])
-
-
 @functools.partial(jax.jit, static_argnames=("method", "blocks", "packed", "check"))
 def encode(
     x: Array, method: str, blocks: Blocks, packed: int | None, check: bool
@@ -270,6 +240,12 @@ def encode(
     if packed is not None:
         codes = pack(codes, packed)
     return codes.astype(METHODS[method].dtype), scale, found
+
+
+@functools.partial(jax.jit, static_argnames=("method", "blocks"))
+def _range(x: Array, method: str, blocks: Blocks) -> Range | None:
+    """What `check_range` needs; XLA computes nothing else."""
+    return _encode(x, method, blocks, True)[2]
 
 
 def _encode(
@@ -340,7 +316,7 @@ def decoded(values: Any) -> Array:
     stored = as_stored(values)
     if stored is None:
         return jnp.asarray(values).astype(jnp.float32)
-    return method_of(stored.layout).values(unpack(stored.array, stored.layout))
+    return stored.layout.row.values(unpack(stored.array, stored.layout))
 
 
 def scaled(numbers: Array, scale: Array) -> Array:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from flax import linen as nn
 
-from peft_jax._quantize import QuantizationMethod
+from peft_jax._methods import QuantizationMethod
 from peft_jax._quantized_rules import SimulationRule, StorageRule
 from peft_jax._registry import PRODUCTS
 from peft_jax._rules import Rule

@@ -24,7 +24,6 @@ from peft_jax._einsum import (
     split_terms,
     without_ellipsis,
 )
-from peft_jax._methods import method_of
 from peft_jax._products import Einsum, Product, Vmapped
 from peft_jax._quantize import check_scale, scaled
 from peft_jax._stored import Layout, StoredValues, halves, unpack
@@ -208,6 +207,6 @@ def quantized_rows(values: StoredValues, scale: Array, ids: Array, dtype: Any) -
         layout = dataclasses.replace(layout, axis=layout.axis and -1)
         codes = unpack(jnp.take(array, ids, axis=0), layout)
     factors = jnp.take(scale, ids // (rows // scale.shape[0]), axis=0)
-    numbers = method_of(layout).values(codes).reshape(-1, features)
+    numbers = layout.row.values(codes).reshape(-1, features)
     found = scaled(numbers, factors.reshape(-1, scale.shape[1])).reshape(codes.shape)
     return jnp.where(there[..., None], found, jnp.nan).astype(dtype)

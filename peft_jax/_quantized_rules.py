@@ -18,10 +18,11 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Array
 
 from peft_jax._interceptor import patched
+from peft_jax._methods import QuantizationMethod
 from peft_jax._names import scale_name, unused_scale_name
 from peft_jax._products import Convolution
 from peft_jax._quantize import (
-    QuantizationMethod,
+    axes_for,
     check_scale,
     dequantize,
     quantize_layer,
@@ -62,7 +63,8 @@ class SimulationRule(Rule):
         if name != layer.param or recording():
             return value
         with _at(call, name):
-            return simulate_quantize(value, self.method, _axes(self.method, layer, call))
+            contracted = contracted_axes(layer.equation(call))
+            return simulate_quantize(value, self.method, axes_for(self.method, contracted))
 
 
 # --- Storage -------------------------------------------------------------------------------------
@@ -116,9 +118,8 @@ class StorageRule(Rule):
         """Puts the quantized weight in the place of the one that the layer has drawn."""
         scope, value = call.module.scope, meta.unbox(drawn)
         with _at(call, layer.param):
-            axes = _axes(self.method, layer, call)
-            contracted = contracted_axes(layer.equation(call)) or None
-            values, scale = quantize_layer(value, self.method, axes, contracted)
+            contracted = contracted_axes(layer.equation(call))
+            values, scale = quantize_layer(value, self.method, contracted)
         scale_at = unused_scale_name(layer.param, scope.variables().get("params", {}))
         scale_box = partitioned_like(drawn, scale, scale_axes(value.shape, scale.shape))
         scope.put_variable("params", layer.param, reboxed(drawn, values))
@@ -178,11 +179,6 @@ class Weight:
     def dequantized(self) -> Array:
         """The array."""
         return dequantize(self.values, self.scale, self.dtype)
-
-
-def _axes(method: QuantizationMethod, layer: Layer, call: Call) -> tuple[int, ...] | None:
-    """The axes over which the layer's scale is one, counted from the end."""
-    return contracted_axes(layer.equation(call)) if method.per_channel else None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax._methods import METHODS, Method
+
 Array = jax.Array
 
 _LEAF = re.compile(r"(?P<method>[a-z][a-z0-9_]*?)(?:_axis(?P<axis>-?\d+)_len(?P<length>\d+))?")
-
-# The names of all methods; the table of methods fills it.
-METHOD_NAMES: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,16 @@ class Layout:
         return self.method + packed
 
     @property
+    def row(self) -> Method:
+        """The row of the table of methods."""
+        if self.method not in METHODS:
+            raise ValueError(
+                f"Values are stored as {self.method!r}, which is no method known here: "
+                f"{sorted(METHODS)}."
+            )
+        return METHODS[self.method]
+
+    @property
     def odd(self) -> bool:
         """Whether the last high bits are empty."""
         return self.length is not None and self.length % 2 == 1
@@ -71,7 +81,7 @@ class Layout:
 @functools.lru_cache(maxsize=256)
 def _parse(name: str) -> Layout | None:
     found = _LEAF.fullmatch(name)
-    if found is None or found["method"] not in METHOD_NAMES:
+    if found is None or found["method"] not in METHODS:
         return None
     if found["axis"] is None:
         return Layout(found["method"])
@@ -112,13 +122,12 @@ class StoredValues:
     @property
     def size(self) -> int:
         """The number of values."""
-        return int(functools.reduce(lambda product, length: product * length, self.shape, 1))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """The bytes of the stored array."""
-        lengths = (*self.array.shape, self.array.dtype.itemsize)
-        return int(functools.reduce(lambda product, length: product * length, lengths, 1))
+        return math.prod(self.array.shape) * self.array.dtype.itemsize
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], Layout]:
         """One leaf, under the layout's name: it flattens as a dict does."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._einsum import split_terms
-from peft_jax._methods import Method, method_of
+from peft_jax._methods import Method
 from peft_jax._quantize import scaled
 from peft_jax._stored import Layout, unpack
 from peft_jax._tiles import Part, product, transposed_product
@@ -88,7 +88,7 @@ class _Matrix:
 
 
 def _matrix(array: Array, scale: Array, layout: Layout, rows: int) -> _Matrix | None:
-    method, packed = method_of(layout), None
+    method, packed = layout.row, None
     if layout.axis is not None:
         packed = layout.axis % array.ndim
     scales = [scale] if packed is None else _halved(scale, packed, array.shape[packed])
@@ -253,7 +253,7 @@ def _one_by_one(
         bytes_, factor = at(array, axis, i), at(scale, axis, i // block)
         y = tiled_einsum(inner, given, bytes_, factor, layout)
         if y is None:
-            weight = scaled(method_of(layout).values(unpack(bytes_, layout)), factor)
+            weight = scaled(layout.row.values(unpack(bytes_, layout)), factor)
             y = jnp.einsum(inner, given.astype(jnp.float32), weight)
         return y
 

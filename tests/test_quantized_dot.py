@@ -12,7 +12,7 @@ from flax import linen as nn
 from helpers import WRAPPERS, compiled, intercepting, numbers, scattered
 
 import peft_jax as peft
-from peft_jax._methods import METHODS, method_of
+from peft_jax._methods import METHODS
 from peft_jax._quantized_dot import quantized_einsum, quantized_rows
 from peft_jax._stored import Layout, StoredValues, pack, unpack
 
@@ -32,7 +32,7 @@ def numpy_dequantize(values, scale):
     if layout.axis is not None:
         pair = np.concatenate([codes & 15, codes >> 4], axis=layout.axis)
         codes = np.take(pair, np.arange(values.shape[layout.axis]), axis=layout.axis)
-    table = np.asarray(method_of(layout).values(jnp.arange(256).astype(codes.dtype)), np.float64)
+    table = np.asarray(layout.row.values(jnp.arange(256).astype(codes.dtype)), np.float64)
     weight, factors = table[codes.astype(np.uint8)], np.asarray(scale, np.float64)
     for axis, length in enumerate(weight.shape):
         factors = np.repeat(factors, length // factors.shape[axis], axis=axis)

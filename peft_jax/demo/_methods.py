@@ -18,9 +18,7 @@ METHODS = tuple(method.value for method in peft.QuantizationMethod)
 
 def fitting(params: Params, specs: dict[str, peft.LayerSpec], method: str) -> frozenset[str]:
     """The slashed paths of the weights in `specs` whose shape a method's blocks divide."""
-    axis, length = {"q4_0": (-1, 32), "q4_0_transpose": (-2, 32), "nf4": (-2, 64)}.get(
-        method, (-1, 1)
-    )
+    axis, length = peft.QuantizationMethod(method).block or (-1, 1)
     flat = traverse_util.flatten_dict(params, sep="/")
     return frozenset(path for path in specs if flat[path].shape[axis] % length == 0)
 

@@ -17,7 +17,6 @@ import numpy as np
 from flax.core import meta
 
 from peft_jax._equation import parse_equation
-from peft_jax._methods import METHODS
 from peft_jax._specs import LayerSpec
 from peft_jax._stacked import layer_axes
 from peft_jax._stored import StoredValues, as_stored, unpack
@@ -196,7 +195,7 @@ def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 def _checked(path: str, value: StoredValues | None, scale: Any) -> tuple[StoredValues, Any]:
     assert value is not None
-    if METHODS[value.method].block not in ((-1, _BLOCK), (-2, _BLOCK)) or scale.dtype != np.float16:
+    if value.layout.row.block not in ((-1, _BLOCK), (-2, _BLOCK)) or scale.dtype != np.float16:
         raise ValueError(
             f"'{path}' is stored as {value.method}, which is no format of GGML's. Quantize to "
             "'q4_0' or 'q4_0_transpose', or turn it back by `peft.dequantize_checkpoint`."
