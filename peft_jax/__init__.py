@@ -8,6 +8,8 @@ from peft_jax._adapters import (
     LoRAEmbedAdapter,
 )
 from peft_jax._checkpoint import dequantize_checkpoint, quantize_checkpoint
+from peft_jax._config import LoraConfig
+from peft_jax._config_parts import CordaConfig, EvaConfig, LoftQConfig, PeftType, TaskType
 from peft_jax._interceptor import Interceptor, ModuleInterceptor
 from peft_jax._lora import (
     LoRAConv,
@@ -20,6 +22,7 @@ from peft_jax._lora import (
 from peft_jax._methods import QuantizationMethod
 from peft_jax._model import layer_specs, lora_specs
 from peft_jax._params import fuse_params, merge_params, split_params
+from peft_jax._peft_model import PeftModel, get_peft_model
 from peft_jax._quantize import dequantize, quantize, simulate_quantize
 from peft_jax._quantized import (
     Int4Conv,
@@ -36,10 +39,13 @@ from peft_jax._quantized import (
 from peft_jax._registry import register_layer
 from peft_jax._specs import LayerSpec, LoraSpec
 from peft_jax._stored import StoredValues
+from peft_jax._trainable import print_trainable_parameters, trainable_mask
 from peft_jax._unfuse import unfuse_params
 from peft_jax.io import export_gguf
 
 __all__ = [
+    "CordaConfig",
+    "EvaConfig",
     "Int4Conv",
     "Int4Dense",
     "Int4DenseGeneral",
@@ -58,8 +64,12 @@ __all__ = [
     "LoRAEmbed",
     "LoRAEmbedAdapter",
     "LoRAWeight",
+    "LoftQConfig",
+    "LoraConfig",
     "LoraSpec",
     "ModuleInterceptor",
+    "PeftModel",
+    "PeftType",
     "QuantizationMethod",
     "SimulateQuantizedConv",
     "SimulateQuantizedDense",
@@ -67,17 +77,21 @@ __all__ = [
     "SimulateQuantizedEinsum",
     "SimulateQuantizedEmbed",
     "StoredValues",
+    "TaskType",
     "dequantize",
     "dequantize_checkpoint",
     "export_gguf",
     "fuse_params",
+    "get_peft_model",
     "layer_specs",
     "lora_specs",
     "merge_params",
+    "print_trainable_parameters",
     "quantize",
     "quantize_checkpoint",
     "register_layer",
     "simulate_quantize",
     "split_params",
+    "trainable_mask",
     "unfuse_params",
 ]

@@ -16,8 +16,10 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Array, Dtype, Initializer, PaddingLike, PrecisionLike
 
 from peft_jax._equation import (
+    BATCH_IN_B,
     DENSE,
     EMBED,
+    Equation,
     LowRank,
     as_tuple,
     conv_equation,
@@ -25,9 +27,11 @@ from peft_jax._equation import (
     parse_equation,
 )
 from peft_jax._low_rank import delta, low_rank_product
+from peft_jax._magnitude import adapted_norms, along, decomposed_change, gains, norms
 from peft_jax._rules import Untouched
 from peft_jax._spec_box import boxed
 from peft_jax._specs import LoraSpec
+from peft_jax._weight import Weight
 
 DEFAULT_A_INIT = nn.initializers.kaiming_uniform()
 DEFAULT_B_INIT = nn.initializers.zeros_init()
@@ -66,10 +70,15 @@ class LoRAAdapter(nn.Module, Untouched):
       param_dtype: dtype of ``a`` and ``b``.
       a_init: initializer of ``a`` (Kaiming-uniform over the input axes).
       b_init: initializer of ``b`` (zeros, so that the adapter changes nothing at the start).
+      use_rslora: whether the scaling is ``alpha / sqrt(rank)`` (rsLoRA,
+        https://arxiv.org/abs/2312.03732).
+      use_dora: whether there is a ``magnitude``, for `gain` and `decomposed`.
+      lora_bias: whether there is a ``bias``, for `shift`.
       precision: as in ``jax.lax.dot_general``.
       adapts: name of the adapted parameter, for the spec; None where the adapter stands alone.
-      kernel_metadata: the box (``nn.Partitioned``, ...) of the kernel; ``a`` and ``b`` are
-        partitioned along the axes that they share with it.
+      kind: kind of the adapted layer, for the spec.
+      kernel_metadata: the box (``nn.Partitioned``, ...) of the kernel; ``a``, ``b``, ``magnitude``
+        and ``bias`` are partitioned along the axes that they share with it.
     """
 
     _: dataclasses.KW_ONLY
@@ -81,18 +90,48 @@ class LoRAAdapter(nn.Module, Untouched):
     param_dtype: Dtype = jnp.float32
     a_init: Initializer = DEFAULT_A_INIT
     b_init: Initializer = DEFAULT_B_INIT
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     precision: PrecisionLike = None
     adapts: str | None = None
+    kind: str | None = None
     kernel_metadata: Any = None
 
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self.rank, self.alpha, self.dropout)
+        if self.adapts is None and (self.use_dora or self.lora_bias):
+            raise ValueError(
+                f"{type(self).__name__} stands alone, without the weight and the output that "
+                "use_dora and lora_bias are about. Use the wrapper around a layer, such as "
+                "`peft.LoRADense`."
+            )
         super().__post_init__()
 
     @property
     def scaling(self) -> float:
         """Factor of the product."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @nn.nowrap
+    def spec(self, layer: Equation, low_rank: LowRank) -> LoraSpec:
+        """What the arrays do not say."""
+        default = "".join(c for c in layer.kernel if c not in low_rank.a)
+        bias = self.adapts if self.kind == "embed" else "bias"
+        told = not (self.use_dora or self.lora_bias) or layer.kept == default
+        return LoraSpec(
+            self.adapts,
+            low_rank.delta,
+            self.rank,
+            self.scaling,
+            self.alpha,
+            variant="dora" if self.use_dora else "lora",
+            outputs=None if told else layer.kept,
+            bias=bias if self.lora_bias else None,
+            kind=self.kind,
+        )
 
     @nn.nowrap
     def arrays(
@@ -102,18 +141,66 @@ class LoRAAdapter(nn.Module, Untouched):
         layer = parse_equation(equation)
         low_rank = layer.low_rank(batch_in_b=batch_in_b)
         shapes = low_rank.shapes(layer.sizes(shape), self.rank)
-        spec = LoraSpec(self.adapts, low_rank.delta, self.rank, self.scaling, self.alpha)
+        spec = self.spec(layer, low_rank)
+        a_init = _through_matrices(self.a_init, low_rank.a, low_rank)
+        b_init = _through_matrices(self.b_init, low_rank.b, low_rank)
+        a = self._array("a", low_rank.a, shapes[0], a_init, layer, spec)
+        return a, self._array("b", low_rank.b, shapes[1], b_init, layer, spec), low_rank
 
-        def array(name: str, letters: str, shape: tuple[int, ...], init: Initializer) -> Array:
-            stored = self._stored(name, shape)
-            if stored is not None:  # not by `self.param`, which would trace the initializer
-                return stored
-            init = _through_matrices(init, letters, low_rank)
-            init = boxed(init, letters, layer.kernel, self.kernel_metadata, spec)
-            return self.param(name, init, shape, self.param_dtype)
+    @nn.nowrap
+    def _array(
+        self,
+        name: str,
+        letters: str,
+        shape: tuple[int, ...],
+        init: Initializer,
+        layer: Equation,
+        spec: LoraSpec,
+    ) -> Array:
+        """One of the adapter's parameters, whose axes are named by letters."""
+        stored = self._stored(name, shape)
+        if stored is not None:  # not by `self.param`, which would trace the initializer
+            return stored
+        init = boxed(init, letters, layer.kernel, self.kernel_metadata, spec)
+        return self.param(name, init, shape, self.param_dtype)
 
-        a = array("a", low_rank.a, shapes[0], self.a_init)
-        return a, array("b", low_rank.b, shapes[1], self.b_init), low_rank
+    @nn.nowrap
+    def _per_output(self, name: str, equation: str, shape: Sequence[int], init: Any) -> Array:
+        """A parameter with one number for each output of the layer."""
+        layer = parse_equation(equation)
+        spec = self.spec(layer, layer.low_rank(batch_in_b=self._batch_in_b))
+        sizes = layer.sizes(shape)
+        lengths = tuple(sizes[c] for c in layer.kept)
+        return self._array(name, layer.kept, lengths, init, layer, spec)
+
+    @property
+    def _batch_in_b(self) -> bool:
+        """Whether batch axes stand in ``b`` too."""
+        return self.kind in BATCH_IN_B
+
+    @nn.compact
+    def gain(self, weight: Array | Weight, equation: str) -> Array:
+        """``m / ||W + scaling * a·b||``, one number for each output of the layer, in float32.
+
+        ``magnitude`` starts as that norm.
+
+        Args:
+          weight: ``W``.
+          equation: of the layer.
+        """
+        a, b, low_rank = self.arrays(equation, weight.shape, batch_in_b=self._batch_in_b)
+        kept = parse_equation(equation).kept
+        n = adapted_norms(weight, a, b, low_rank.delta, self.scaling, kept)
+
+        def first(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+            return n.astype(dtype)
+
+        return gains(self._per_output("magnitude", equation, weight.shape, first), n)
+
+    @nn.compact
+    def shift(self, equation: str, shape: Sequence[int]) -> Array:
+        """``scaling * bias``, one number for each output of the layer, zeros at the start."""
+        return self.scaled(self._per_output("bias", equation, shape, nn.initializers.zeros))
 
     @nn.nowrap
     def product(
@@ -123,13 +210,28 @@ class LoRAAdapter(nn.Module, Untouched):
         shape: Sequence[int],
         *,
         deterministic: bool | None = None,
+        gain: Array | None = None,
         batch_in_b: bool = False,
     ) -> Array:
-        """``scaling * x·a·b`` for a layer ``einsum(equation, x, kernel)``."""
+        """``gain * scaling * x·a·b`` for a layer ``einsum(equation, x, kernel)``."""
         a, b, low_rank = self.arrays(equation, shape, batch_in_b=batch_in_b)
+        layer = parse_equation(equation)
+        in_b = set(layer.kept) <= set(low_rank.b)
         x, a, b = promote_dtype(self.dropped(x, deterministic), a, b, dtype=self.dtype)
-        b = self.scaled(b)  # smaller than the product
-        return low_rank_product(x, a, b, low_rank.first, low_rank.second, precision=self.precision)
+        # Factors go to `b`, which is smaller than the product.
+        b = self.gained(b, gain if in_b else None, layer.kept, low_rank.b)
+        y = low_rank_product(x, a, b, low_rank.first, low_rank.second, precision=self.precision)
+        if gain is None or in_b:
+            return y
+        return y * along(gain, layer.kept, layer.output_axes(y.ndim)).astype(y.dtype)
+
+    @nn.nowrap
+    def gained(self, array: Array, gain: Array | None, kept: str, letters: str) -> Array:
+        """The array times the scaling and the gain of each output, in its own dtype."""
+        array = self.scaled(array)
+        if gain is None:
+            return array
+        return array * along(gain, kept, letters).astype(array.dtype)
 
     @nn.nowrap
     def dropped(self, x: Array, deterministic: bool | None) -> Array:
@@ -199,11 +301,13 @@ class LoRADenseAdapter(LoRAAdapter):
     features: int | None = None
 
     @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+    def __call__(
+        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
+    ) -> Array:
         """Maps ``(..., in)`` to ``(..., out)``."""
         width = inputs.shape[-1]
         shape = (width, width if self.features is None else self.features)
-        return self.product(inputs, DENSE, shape, deterministic=deterministic)
+        return self.product(inputs, DENSE, shape, deterministic=deterministic, gain=gain)
 
 
 class LoRAEinsumAdapter(LoRAAdapter):
@@ -228,9 +332,13 @@ class LoRAEinsumAdapter(LoRAAdapter):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+    def __call__(
+        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
+    ) -> Array:
         """Maps an input to an output of ``einsum_str``."""
-        return self.product(inputs, self.einsum_str, self.shape, deterministic=deterministic)
+        return self.product(
+            inputs, self.einsum_str, self.shape, deterministic=deterministic, gain=gain
+        )
 
 
 class LoRADenseGeneralAdapter(LoRAAdapter):
@@ -249,14 +357,18 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
     batch_dims: int | Sequence[int] = ()
 
     @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+    def __call__(
+        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
+    ) -> Array:
         """Maps the input to an output of ``nn.DenseGeneral``."""
         features = as_tuple(self.features)
         equation = dense_general_equation(inputs.ndim, self.axis, self.batch_dims, len(features))
         layer = parse_equation(equation)
         sizes = dict(zip(layer.inputs, inputs.shape, strict=True))
         shape = tuple(sizes[c] for c in layer.kernel if c in sizes) + features
-        return self.product(inputs, equation, shape, deterministic=deterministic, batch_in_b=True)
+        return self.product(
+            inputs, equation, shape, deterministic=deterministic, gain=gain, batch_in_b=True
+        )
 
 
 class LoRAConvAdapter(LoRAAdapter):
@@ -281,14 +393,16 @@ class LoRAConvAdapter(LoRAAdapter):
     transpose: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+    def __call__(
+        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
+    ) -> Array:
         """Maps ``(*batch, *places, in)`` to ``(*batch, *places, out)``."""
         groups = self.feature_group_count
         window = as_tuple(self.kernel_size)
         shape = (*window, inputs.shape[-1] // groups, self.features)
         a, b, _ = self.arrays(conv_equation(len(window)), shape)
         x, a, b = promote_dtype(self.dropped(inputs, deterministic), a, b, dtype=self.dtype)
-        b = self.scaled(b)
+        b = self.gained(b, gain, "o", "ro")
         if groups == 1:
             return jnp.einsum("...r,ro->...o", self._convolve(x, a), b, precision=self.precision)
         # Every group of inputs goes through all of `a`, and meets the columns of `b` that make
@@ -337,40 +451,52 @@ class LoRAEmbedAdapter(LoRAAdapter):
     features: int
 
     @nn.compact
-    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
+    def __call__(
+        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
+    ) -> Array:
         """Maps indices ``(...)`` to ``(..., features)``."""
         a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
         a, b = promote_dtype(a, b, dtype=self.dtype)
         if self.num_embeddings == 1:  # nn.Embed ignores the indices then
             inputs = jnp.zeros_like(inputs)
         rows = self.dropped(jnp.take(a, inputs, axis=0), deterministic)
-        return jnp.einsum("...r,rf->...f", rows, self.scaled(b), precision=self.precision)
+        b = self.gained(b, gain, "f", "rf")
+        return jnp.einsum("...r,rf->...f", rows, b, precision=self.precision)
 
     @nn.compact
-    def attend(self, query: Array, deterministic: bool | None = None) -> Array:
+    def attend(
+        self, query: Array, deterministic: bool | None = None, gain: Array | None = None
+    ) -> Array:
         """Maps ``(..., features)`` to ``(..., vocab)``, the product with ``(a·b)ᵀ``."""
         a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
         query, a, b = promote_dtype(self.dropped(query, deterministic), a, b, dtype=self.dtype)
+        b = self.gained(b, gain, "f", "rf")
         return low_rank_product(
-            query, self.scaled(b), a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
+            query, b, a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
         )
 
 
 class LoRAWeightAdapter(LoRAAdapter):
-    """``scaling * a·b`` itself, in the kernel's shape.
+    """What an adapter adds to a kernel: ``scaling * a·b``, and what DoRA makes of it.
 
     Attributes:
       equation: the layer's equation.
-      shape: shape of the kernel.
-      batch_in_b: whether batch axes stand in ``b`` too.
     """
 
     equation: str
-    shape: Sequence[int]
-    batch_in_b: bool = False
 
     @nn.compact
-    def __call__(self) -> Array:
+    def __call__(self, weight: Array) -> Array:
         """The change of the kernel, in float32 or wider."""
-        a, b, low_rank = self.arrays(self.equation, self.shape, batch_in_b=self.batch_in_b)
-        return delta(a, b, low_rank.delta, self.scaling)
+        layer = parse_equation(self.equation)
+        a, b, low_rank = self.arrays(self.equation, weight.shape, batch_in_b=self._batch_in_b)
+        change = delta(a, b, low_rank.delta, self.scaling)
+        if not self.use_dora:
+            return change
+
+        def first(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+            total = weight.astype(change.dtype) + change
+            return norms(total, layer.kernel, layer.kept).astype(dtype)
+
+        magnitude = self._per_output("magnitude", self.equation, weight.shape, first)
+        return decomposed_change(weight, change, magnitude, layer.kernel, layer.kept)

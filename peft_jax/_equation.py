@@ -8,6 +8,8 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 
 ELLIPSIS = "..."
+# Kinds of layers whose adapters have batch axes in both arrays.
+BATCH_IN_B = frozenset({"dense_general", "experts"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,15 @@ class Equation:
     def produced(self) -> str:
         """Output axes, and those that stand in the kernel alone, in kernel order."""
         return "".join(c for c in self.kernel if c not in self.inputs)
+
+    @property
+    def kept(self) -> str:
+        """Axes of the kernel that stand in the output, in the order in which they stand there."""
+        return "".join(c for c in self.outputs if c in self.kernel)
+
+    def output_axes(self, ndim: int) -> str:
+        """A letter, or a dot, for each axis of an output of so many axes."""
+        return self.outputs.replace(ELLIPSIS, "." * (ndim - len(self.outputs) + len(ELLIPSIS)))
 
     def sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """Length of each kernel axis, for a kernel of this shape."""
@@ -241,6 +252,12 @@ def weight_equation(ndim: int) -> str:
     """A parameter of which nothing is known: the last axis is the output, the others are inputs."""
     letters = string.ascii_letters.replace("r", "")[:ndim]
     return f"...{letters[:-1]},{letters}->...{letters[-1]}"
+
+
+def experts_equation(ndim: int) -> str:
+    """Matrices ``(in, out)``, one for each index of the axes in front, such as experts."""
+    letters = string.ascii_letters.replace("r", "")[:ndim]
+    return f"{letters[:-2]}...{letters[-2]},{letters}->{letters[:-2]}...{letters[-1]}"
 
 
 DENSE = "...i,io->...o"

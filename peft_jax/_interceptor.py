@@ -13,15 +13,27 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from peft_jax._registry import Call, find_layer, layer_type
+from peft_jax._registry import Call, find_layer, layer_type, require_layer
 from peft_jax._retraced import warn_of_rebuilt_rule
-from peft_jax._rules import ADAPTER, STORAGE, Init, Rule, RuleSource, Untouched
+from peft_jax._rules import (
+    ADAPTER,
+    IN_PARTS,
+    STORAGE,
+    Init,
+    Proceed,
+    Rule,
+    RuleSource,
+    Untouched,
+)
 from peft_jax._state import (
     Extent,
     Local,
@@ -32,17 +44,15 @@ from peft_jax._state import (
     open_entry,
     using,
 )
-from peft_jax._stored import as_stored
+from peft_jax._stored import as_stored, weight_shape
 
 _PLANS = "_peft_jax_plans"
 
 # Calls that adapters treat in a way of their own: (type, method) -> function of (call, proceed).
-_SPECIAL_CALLS: dict[tuple[type[nn.Module], str], Callable[[Call, Callable[[], Any]], Any]] = {}
+_SPECIAL_CALLS: dict[tuple[type[nn.Module], str], Callable[[Call, Proceed], Any]] = {}
 
 
-def special_call(
-    module_type: type[nn.Module], around: Callable[[Call, Callable[[], Any]], Any]
-) -> None:
+def special_call(module_type: type[nn.Module], around: Callable[[Call, Proceed], Any]) -> None:
     """Has ``around(call, proceed)`` run each ``__call__`` of a type while rules are active."""
     _SPECIAL_CALLS[module_type, "__call__"] = around
 
@@ -241,8 +251,8 @@ def _dispatch(
     with using(state):
         if not rules and not state.extents and special is None:
             return next_fun(*args, **kwargs)
-        run = functools.partial(_run, call, rules, state.extents, next_fun)
-        return run() if special is None else special(call, run)
+        run = functools.partial(_run, rules, state.extents, next_fun)
+        return run(call) if special is None else special(call, run)
 
 
 def _plan(
@@ -361,10 +371,10 @@ def _refuse_unread(call: Call, rules: list[Rule]) -> None:
 
 
 def _run(
-    call: Call,
     rules: tuple[tuple[Rule, Hashable], ...],
     extents: tuple[Extent, ...],
     next_fun: Callable[..., Any],
+    call: Call,
 ) -> Any:
     """The module's method, its parameters read through rules, the other rules around it."""
     own = [rule for rule, _ in rules]
@@ -376,11 +386,16 @@ def _run(
     ]
     reading = [rule for rule in own if rule.at_weight(call)] + inherited
     reading.sort(key=lambda rule: rule.order)
-    call = dataclasses.replace(call, changed=any(rule.order != STORAGE for rule in reading))
+    call = dataclasses.replace(
+        call,
+        changed=any(rule.order != STORAGE for rule in reading),
+        adapted=any(rule.order == ADAPTER for rule in reading),
+        weight=functools.partial(_weight, call, [rule for rule in reading if rule.order < ADAPTER]),
+    )
     _refuse_clashes(call, [*own, *inherited])
     covering = tuple(Extent(path, rule, source) for rule, source in rules if rule.covers_children)
 
-    def proceed() -> Any:
+    def proceed(call: Call) -> Any:
         with contextlib.ExitStack() as stack:
             if covering:
                 state = current()
@@ -391,9 +406,13 @@ def _run(
                 stack.enter_context(_reading_through(call, reading))
             return next_fun(*call.args, **call.kwargs)
 
-    for rule in own:
-        proceed = functools.partial(rule.around, call, proceed)
-    return proceed()
+    for group in _by_order(own):
+        proceed = functools.partial(group[0].around_together, group, proceed=proceed)
+    return proceed(call)
+
+
+def _by_order(rules: list[Rule]) -> list[list[Rule]]:
+    return [list(group) for _, group in itertools.groupby(rules, key=lambda rule: rule.order)]
 
 
 @contextlib.contextmanager
@@ -403,19 +422,51 @@ def _reading_through(call: Call, rules: list[Rule]) -> Iterator[None]:
     original = module.param
 
     def param(name: str, init_fn: Any, *init_args: Any, unbox: bool = True, **kwargs: Any) -> Any:
-        def read(make: Init) -> Any:
-            return original(name, make, unbox=False)
+        def make(key: Any) -> Any:
+            return init_fn(key, *init_args, **kwargs)
 
-        for rule in rules:
-            read = functools.partial(rule.read, call, name, read=read)
-        stored = read(lambda key: init_fn(key, *init_args, **kwargs))
-        value = meta.unbox(stored)
-        for rule in rules:
-            value = rule.transform(call, name, value)
+        stored, value = _read(call, rules, name, make, original)
         return value if unbox else meta.replace_boxed(stored, value)
 
     with patched(module, "param", param):
         yield
+
+
+def _read(
+    call: Call, rules: list[Rule], name: str, make: Init, param: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """A parameter as it lies in its box, and what the rules make of it."""
+
+    def read(make: Init) -> Any:
+        return param(name, make, unbox=False)
+
+    for rule in rules:
+        read = functools.partial(rule.read, call, name, read=read)
+    stored = read(make)
+    value = meta.unbox(stored)
+    for group in _by_order(rules):
+        value = group[0].transform_together(group, call, name, value)
+    return stored, value
+
+
+def _weight(call: Call, rules: list[Rule]) -> Any:
+    """The weight of a registered layer, as it is read through rules beneath the adapters."""
+    layer, module = require_layer(call.module, "An adapter changes"), call.module
+    params = module.scope.variables()["params"]
+    if layer.param not in params:
+        raise ValueError(
+            f"{type(module).__name__} at '{call.path}' is registered with the parameter "
+            f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
+        )
+    kept = params[layer.param]
+    like = jax.ShapeDtypeStruct(weight_shape(meta.unbox(kept)), jnp.float32)
+
+    def make(key: Any) -> Any:
+        return jnp.zeros(like.shape, like.dtype)
+
+    with patched(module, IN_PARTS, all(rule.order == STORAGE for rule in rules)):
+        _, value = _read(call, rules, layer.param, make, lambda *_, **__: kept)
+    return value
 
 
 @contextlib.contextmanager

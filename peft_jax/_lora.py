@@ -12,13 +12,24 @@ from flax.typing import Dtype, Initializer
 
 from peft_jax._adapters import DEFAULT_A_INIT, DEFAULT_B_INIT, check_settings
 from peft_jax._lora_rules import LoRARule, LoRAWeightRule, Settings
+from peft_jax._names import DEFAULT, check_adapter_name
 from peft_jax._registry import PRODUCTS, layer_type
 from peft_jax._rules import Rule
 from peft_jax._wrapper import LayerWrapper
 
 
 class _LoRAWrapper(LayerWrapper):
-    """Fields and checks that the LoRA wrappers share; see `LoRAAdapter` for their meaning."""
+    """Fields and checks that the LoRA wrappers share; see `LoRAAdapter` for their meaning.
+
+    Wrappers around one layer add up, each with an adapter of a name of its own
+    (``adapter_name``), which lies at ``lora.<name>``; that of the name ``default`` at ``lora``.
+
+    With ``use_dora`` the layer is ``y = (m / n) * (x·W + scaling * x·a·b) + bias``, where ``n`` is
+    the norm of ``W + scaling * a·b`` for each output and ``magnitude`` ``m`` starts as that norm:
+    once pretrained weights have come in, set it by `init_lora_weights`. Paper: DoRA,
+    https://arxiv.org/abs/2402.09353; ``n`` has no gradient, as in its section 4.3. Dropout acts on
+    the ``x`` of ``x·a·b`` alone.
+    """
 
     _: dataclasses.KW_ONLY
     rank: int
@@ -29,6 +40,10 @@ class _LoRAWrapper(LayerWrapper):
     param_dtype: Dtype = jnp.float32
     a_init: Initializer = DEFAULT_A_INIT
     b_init: Initializer = DEFAULT_B_INIT
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    adapter_name: str = DEFAULT
 
     verb: ClassVar[str] = "adapts"
     otherwise: ClassVar[str] = (
@@ -37,6 +52,7 @@ class _LoRAWrapper(LayerWrapper):
 
     def __post_init__(self) -> None:
         check_settings(type(self).__name__, self.rank, self.alpha, self.dropout)
+        check_adapter_name(type(self).__name__, self.adapter_name)
         super().__post_init__()
 
     @nn.nowrap
@@ -161,6 +177,11 @@ class LoRAWeight(_LoRAWrapper):
             raise ValueError(
                 f"Dropout acts on a layer's input, but LoRAWeight joins the weight. Set dropout=0 "
                 f"(it is {self.dropout})."
+            )
+        if self.lora_bias:
+            raise ValueError(
+                "lora_bias adds to a layer's output, but LoRAWeight joins the weight. Set "
+                "lora_bias=False, or wrap the layer by `peft.LoRADense` or its like."
             )
 
     @nn.nowrap

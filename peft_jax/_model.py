@@ -112,7 +112,7 @@ class _RecordingRule(Rule):
     """Labels the weight of a layer with the layer's spec."""
 
     order: ClassVar[int] = STORAGE
-    name: ClassVar[str] = "layer spec"
+    name = "layer spec"
 
     def at_weight(self, call: Call) -> bool:
         return True

@@ -10,20 +10,27 @@ from flax import linen as nn
 from flax.core import meta
 
 LORA = "lora"
+TOKENS = "lora_tokens"
+DEFAULT = "default"
 _FIRST = "_peft_jax_first_adapter"
 
 
 def is_adapter(name: str, branch: Any) -> bool:
     """Whether a branch of a parameter tree is an adapter, rather than a user's own ``lora``.
 
-    An adapter is named ``lora`` or ``lora_<parameter>`` (or is a ``LoRA...Adapter`` that stands
-    alone) and holds the two arrays ``a`` and ``b`` and nothing else, which share an axis, the
-    rank: the last of ``a``.
+    An adapter is named ``lora`` or ``lora_<parameter>``, with ``.<name>`` behind it if it has a
+    name of its own (or is a ``LoRA...Adapter`` that stands alone). It holds the two arrays ``a``
+    and ``b``, which share an axis, the rank: the last of ``a``; and maybe ``magnitude`` and
+    ``bias``, and nothing else. Or it is named ``lora_tokens`` and holds ``rows`` alone.
     """
     if not isinstance(name, str):
         return False
-    named = name == LORA or name.startswith(f"{LORA}_") or _stands_alone(name)
-    if not named or not isinstance(branch, Mapping) or set(branch) != {"a", "b"}:
+    named = name == LORA or name.startswith((f"{LORA}_", f"{LORA}.")) or _stands_alone(name)
+    if not named or not isinstance(branch, Mapping):
+        return False
+    if set(branch) == {"rows"}:
+        return name.partition(".")[0] == TOKENS and not isinstance(branch["rows"], Mapping)
+    if not {"a", "b"} <= set(branch) <= {"a", "b", "magnitude", "bias"}:
         return False
     if any(isinstance(branch[leaf], Mapping | list | tuple) for leaf in branch):
         return False
@@ -53,21 +60,34 @@ def _stands_alone(name: str) -> bool:
     return name.startswith("LoRA") and kind.endswith("Adapter_") and kind != name
 
 
-def adapter_name(module: nn.Module, param: str) -> str:
-    """The name of the adapter of one parameter, in the scope that holds the parameter.
+def named_as(branch: str) -> str:
+    """The name of the adapter that lies under this name: ``french`` of ``lora.french``."""
+    return branch.partition(".")[2] or DEFAULT
+
+
+def check_adapter_name(owner: str, name: object) -> None:
+    """Refuses a name that could not stand in a path."""
+    if not isinstance(name, str) or not name or set(name) & set("/."):
+        raise ValueError(f"{owner}.adapter_name is a name without dots and slashes, got {name!r}.")
+
+
+def adapter_name(module: nn.Module, param: str, name: str = DEFAULT) -> str:
+    """Where an adapter of one parameter lies, in the scope that holds the parameter.
 
     It is ``lora``. Where the scope holds several kernels, it is ``lora_<parameter>`` for those
-    beyond the module's first, and for those of modules that share the scope of another.
+    beyond the module's first, and for those of modules that share the scope of another. Adapters
+    with a name of their own have it behind: ``lora.french``.
     """
     scope = module.scope
     assert scope is not None
-    specific = f"{LORA}_{param}"
+    own = "" if name == DEFAULT else f".{name}"
+    specific = f"{LORA}_{param}{own}"
     if scope.has_variable("params", specific):
         return specific
     if param != "kernel" and _shares_scope(module):
         return specific
     first = module.__dict__.setdefault(_FIRST, param)
-    return LORA if first == param else specific
+    return f"{LORA}{own}" if first == param else specific
 
 
 def _shares_scope(module: nn.Module) -> bool:

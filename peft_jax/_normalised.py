@@ -16,16 +16,17 @@ from flax.core import Scope, meta
 
 from peft_jax._low_rank import add_once
 from peft_jax._registry import Call
+from peft_jax._rules import Proceed
 from peft_jax._spec_box import traced_specs
 from peft_jax._specs import LoraSpec
-from peft_jax._stacked import adapter_shapes, spec_delta
+from peft_jax._stacked import adapter_shapes, spec_changes
 from peft_jax._state import mute_adapters
 from peft_jax._trees import Layer, Path, adapter_paths, map_layers, slashed, stored_paths
 
 NORMS: tuple[type[nn.Module], ...] = (nn.WeightNorm, nn.SpectralNorm)
 
 
-def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
+def around_norm(call: Call, proceed: Proceed) -> Any:
     """Runs a norm whose layer may carry adapters.
 
     At initialization the output is that of the layer without adapters, which start at zero.
@@ -40,15 +41,15 @@ def around_norm(call: Call, proceed: Callable[[], Any]) -> Any:
             "(`select=`), or turn it back by `peft.dequantize_checkpoint`."
         )
     kwargs = {name: value for name, value in call.kwargs.items() if name != "update_stats"}
-    init = _init(layer)
+    init = init_of_copy(layer, "__call__")
     specs = traced_specs(
         init, {"params": jax.eval_shape(lambda: jax.random.key(0))}, call.args, kwargs
     )
     if not specs:
-        return proceed()
+        return proceed(call)
     if norm.is_initializing():
         with mute_adapters():
-            y = proceed()  # which may normalise every array that it finds: they come afterwards
+            y = proceed(call)  # which may normalise every array that it finds: they come afterwards
         _store_adapters(layer.scope, init(layer.scope.rngs, call.args, kwargs))
         return y
 
@@ -77,8 +78,11 @@ def _refuse_missing(layer: Any, specs: dict[str, LoraSpec]) -> None:
         )
 
 
-def _init(layer: Any) -> Callable[..., Any]:
-    """Initializes a copy of a bound layer, in a scope of the same path but without variables."""
+def init_of_copy(layer: Any, method: str) -> Callable[..., Any]:
+    """Initializes a copy of a bound module by one of its methods, as a function.
+
+    The copy lies in a scope of the same path but without variables.
+    """
     path = layer.scope.path
 
     def init(rngs: Any, args: Any, kwargs: Any) -> Any:
@@ -92,7 +96,7 @@ def _init(layer: Any) -> Callable[..., Any]:
             flags={"initializing": True},
         )
         with scope.temporary():
-            layer.copy(parent=scope, name=layer.name)(*args, **kwargs)
+            getattr(layer.copy(parent=scope, name=layer.name), method)(*args, **kwargs)
             return scope.mutable_variables()["params"]
 
     return init
@@ -120,11 +124,15 @@ def _at(params: Any, path: Path, specs: dict[str, LoraSpec], layer_path: Path) -
         return {**params, head: _at(params[head], tuple(rest), specs, layer_path)}
 
     def add(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        base = {name: meta.unbox(value) for name, value in layer.items()}
         for name, adapter in adapters.items():
             spec = specs["/".join((*path, name))]
             assert spec.param is not None
-            kernel = meta.unbox(layer[spec.param])
-            a, b = meta.unbox(adapter["a"]), meta.unbox(adapter["b"])
+            kernel, arrays = (
+                base[spec.param],
+                {leaf: meta.unbox(value) for leaf, value in adapter.items()},
+            )
+            a, b = arrays["a"], arrays["b"]
             if not spec.stack_axes and (a.shape, b.shape) != adapter_shapes(spec, kernel.shape):
                 raise ValueError(
                     f"The adapter at '{'/'.join((*layer_path, *path, name))}' has arrays of shape "
@@ -132,8 +140,9 @@ def _at(params: Any, path: Path, specs: dict[str, LoraSpec], layer_path: Path) -
                     f"{adapter_shapes(spec, kernel.shape)}. Use the rank and the layer that the "
                     "parameters were made for."
                 )
-            change = spec_delta(a, b, spec)
-            layer[spec.param] = meta.replace_boxed(layer[spec.param], add_once(kernel, change))
+            for param, change in spec_changes(kernel, arrays, spec).items():
+                total = add_once(meta.unbox(layer[param]), change)
+                layer[param] = meta.replace_boxed(layer[param], total)
         return layer
 
     return map_layers(params, add)

@@ -13,7 +13,7 @@ from flax.core import meta
 from peft_jax._low_rank import add_once
 from peft_jax._names import is_adapter
 from peft_jax._specs import LoraSpec
-from peft_jax._stacked import spec_delta
+from peft_jax._stacked import spec_changes
 from peft_jax._stored import as_stored, weight_shape
 from peft_jax._trees import (
     Layer,
@@ -165,8 +165,7 @@ def fuse_params(params: Any, *, specs: Specs | None = None) -> Any:
                 "place, and arrays alone do not tell which weight each belongs to. Pass "
                 "specs=peft.lora_specs(model, *inputs)."
             )
-        for name, adapter in adapters.items():
-            param, change = adapter_change((*path, name), layer, adapter, specs)
+        for param, change in layer_changes(path, layer, adapters, specs).items():
             layer[param] = rounded_sum(layer[param], change, 1)
         return layer
 
@@ -207,10 +206,21 @@ def _hint(params: Any, adapters: set[str], specs: Specs) -> str:
     return "Take the specs from `peft.lora_specs` of the model that made the parameters."
 
 
-def adapter_change(
+def layer_changes(
+    path: Path, layer: Layer, adapters: Layer, specs: Specs | None
+) -> dict[str, jax.Array]:
+    """What the adapters of one layer, all together, add to each parameter beside them."""
+    total: dict[str, jax.Array] = {}
+    for name, adapter in adapters.items():
+        for param, change in adapter_changes((*path, name), layer, adapter, specs).items():
+            total[param] = total[param] + change if param in total else change
+    return total
+
+
+def adapter_changes(
     path: Path, layer: Layer, adapter: Mapping[str, Any], specs: Specs | None
-) -> tuple[str, jax.Array]:
-    """Name of the adapted parameter, and what the adapter adds to it."""
+) -> dict[str, jax.Array]:
+    """What the adapter adds to each parameter beside it, by name."""
     spec = _assumed_spec(path, layer, adapter) if specs is None else specs["/".join(path)]
     _check_rank(path, adapter, spec)
     if spec.param is None:
@@ -235,25 +245,52 @@ def adapter_change(
             f"The weight at '{slashed((*path[:-1], spec.param))}' is stored as {kernel.dtype}; an "
             "adapter is fused into floating-point weights. Dequantize stored integers first."
         )
-    a, b = meta.unbox(adapter["a"]), meta.unbox(adapter["b"])
+    arrays = {name: meta.unbox(value) for name, value in adapter.items()}
+    _check_leaves(path, arrays, spec)
     try:
-        change = spec_delta(a, b, spec)
-    except (ValueError, TypeError) as error:
+        changes = spec_changes(kernel, arrays, spec)
+    except (ValueError, TypeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {jnp.shape(array)}" for name, array in arrays.items())
         raise ValueError(
-            f"The adapter at '{slashed(path)}' has a {jnp.shape(a)} and b {jnp.shape(b)}, which do "
-            f"not fit its equation '{spec.equation}' (stack axes {spec.stack_axes})."
+            f"The adapter at '{slashed(path)}' ({shapes}) does not fit its equation "
+            f"'{spec.equation}' (stack axes {spec.stack_axes}) and {spec.param!r} of shape "
+            f"{kernel.shape}. Give the specs of this model (`peft.lora_specs`)."
         ) from error
+    change = changes[spec.param]
     if change.shape != kernel.shape:
         raise ValueError(
             f"The adapter at '{slashed(path)}' makes a change of shape {change.shape} by "
             f"'{spec.equation}', but {spec.param!r} has shape {kernel.shape}. Give the specs of "
             "this model (`peft.lora_specs`)."
         )
-    return spec.param, change
+    for param, change in changes.items():
+        if param not in layer or jnp.shape(meta.unbox(layer[param])) != change.shape:
+            raise ValueError(
+                f"The adapter at '{slashed(path)}' has a bias of shape {change.shape} for "
+                f"{param!r}, but the layer has none of this shape: beside it lie {sorted(layer)}. "
+                "A bias is fused into the layer's own: give the model one, of zeros "
+                "(use_bias=True)."
+            )
+    return changes
+
+
+def _check_leaves(path: Path, arrays: Mapping[str, Any], spec: LoraSpec) -> None:
+    """The adapter has the arrays that its spec speaks of, in the shapes that they need."""
+    wanted = {"a", "b"} | ({"magnitude"} if spec.variant == "dora" else set())
+    wanted |= set() if spec.bias is None else {"bias"}
+    wanted = {"rows"} if spec.variant == "tokens" else wanted
+    if set(arrays) != wanted:
+        raise ValueError(
+            f"The adapter at '{slashed(path)}' holds {sorted(arrays)}, but its spec (variant "
+            f"{spec.variant!r}, bias {spec.bias!r}) needs {sorted(wanted)}. Give the specs of this "
+            "model (`peft.lora_specs`)."
+        )
 
 
 def _check_rank(path: Path, adapter: Mapping[str, Any], spec: LoraSpec) -> None:
-    rank = jnp.shape(meta.unbox(adapter["a"]))[-1] if not spec.stack_axes else spec.rank
+    if "a" not in adapter or spec.stack_axes:
+        return
+    rank = jnp.shape(meta.unbox(adapter["a"]))[-1]
     if rank != spec.rank and spec.alpha is not None:
         raise ValueError(
             f"The adapter at '{slashed(path)}' has rank {rank}, but its spec has rank {spec.rank}, "
@@ -269,14 +306,14 @@ def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraS
         for name, value in layer.items()
         if not is_branch(value) and len(weight_shape(meta.unbox(value))) >= 2
     ]
-    a, b = (jnp.shape(meta.unbox(adapter[name])) for name in ("a", "b"))
-    if len(weights) == 1:
-        shape = weight_shape(meta.unbox(layer[weights[0]]))
+    shapes = {name: jnp.shape(meta.unbox(value)) for name, value in adapter.items()}
+    if len(weights) == 1 and set(adapter) == {"a", "b"}:
+        shape, a, b = weight_shape(meta.unbox(layer[weights[0]])), shapes["a"], shapes["b"]
         if len(a) == len(b) == 2 and a[1] == b[0] and shape == (a[0], b[1]):
             return LoraSpec(weights[0], "ir,ro->io", a[1])
     found = {name: weight_shape(meta.unbox(layer[name])) for name in weights}
     raise ValueError(
-        f"The adapter at '{slashed(path)}' (a {a}, b {b}) is not plainly that of one Dense layer; "
+        f"The adapter at '{slashed(path)}' ({shapes}) is not plainly that of one Dense layer; "
         f"beside it lie {found}. Pass specs=peft.lora_specs(model, *inputs)."
     )
 

@@ -34,14 +34,12 @@ from peft_jax._quantized_dot import (
     quantized_rows,
 )
 from peft_jax._registry import Call, Layer, layer_type, require_layer
-from peft_jax._rules import SIMULATION, STORAGE, Init, Rule
+from peft_jax._rules import IN_PARTS, SIMULATION, STORAGE, Init, Proceed, Rule
 from peft_jax._spec_box import partitioned_like, reboxed, scale_axes
 from peft_jax._specs import contracted_axes
 from peft_jax._state import recording
-from peft_jax._stored import StoredValues, as_stored
-
-_IN_PARTS = "_peft_jax_in_parts"
-
+from peft_jax._stored import as_stored
+from peft_jax._weight import Weight
 
 # --- Simulation ----------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ class SimulationRule(Rule):
     """The layer reads its weight as quantization would leave it."""
 
     order: ClassVar[int] = SIMULATION
-    name: ClassVar[str] = "simulated quantization"
+    name = "simulated quantization"
     wrapper: str
     method: QuantizationMethod
 
@@ -75,7 +73,7 @@ class StorageRule(Rule):
     """The layer's weight is stored in few bits."""
 
     order: ClassVar[int] = STORAGE
-    name: ClassVar[str] = "stored values"
+    name = "stored values"
     wrapper: str
     method: QuantizationMethod
 
@@ -104,14 +102,14 @@ class StorageRule(Rule):
         kept = module.get_variable("params", name)
         box = read(lambda key: kept)
         weight = weight.astype(made.dtype)
-        value = weight if module.__dict__.get(_IN_PARTS) else weight.dequantized()
+        value = weight if module.__dict__.get(IN_PARTS) else weight.dequantized()
         return reboxed(box, value)
 
-    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
+    def around(self, call: Call, proceed: Proceed) -> Any:
         layer = require_layer(call.module, f"{self.wrapper} wraps")
         run = None if call.changed or recording() else _product(call, layer)
         if run is None or not call.module.has_variable("params", layer.param):
-            return proceed()
+            return proceed(call)
         return run(call, functools.partial(self._stored, call, layer), proceed)
 
     def _store(self, call: Call, layer: Layer, drawn: Any) -> Any:
@@ -153,34 +151,6 @@ class StorageRule(Rule):
         return Weight(stored, scale, jnp.dtype(jnp.float32))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Weight:
-    """A stored weight on its way through a layer's own forward, in the place of an array.
-
-    Attributes:
-      values: what is stored.
-      scale: of the values.
-      dtype: that of the array whose place it takes.
-    """
-
-    values: StoredValues
-    scale: Array
-    dtype: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array whose place it takes."""
-        return self.values.shape
-
-    def astype(self, dtype: Any) -> Weight:
-        """The same weight, to be computed with in this dtype."""
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
-
-    def dequantized(self) -> Array:
-        """The array."""
-        return dequantize(self.values, self.scale, self.dtype)
-
-
 @contextlib.contextmanager
 def _at(call: Call, name: str) -> Iterator[None]:
     """Errors of array functions say which parameter they are about."""
@@ -198,7 +168,7 @@ def _described(value: Any) -> str:
 # Each runs a call with the weight in parts. Layers of other types, and those with functions of
 # their own injected, read the dequantized weight.
 
-Run = Callable[[Call, Callable[[], Weight], Callable[[], Any]], Any]
+Run = Callable[[Call, Callable[[], Weight], Proceed], Any]
 
 
 def _product(call: Call, layer: Layer) -> Run | None:
@@ -216,13 +186,13 @@ def _product(call: Call, layer: Layer) -> Run | None:
 def _through(injected: str, function: Callable[..., Any]) -> Run:
     """Has the layer's own forward call ``function`` for its product, with a `Weight`."""
 
-    def run(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]) -> Any:
+    def run(call: Call, stored: Callable[[], Weight], proceed: Proceed) -> Any:
         with (
-            patched(call.module, _IN_PARTS, True),
+            patched(call.module, IN_PARTS, True),
             patched(call.module, "promote_dtype", _promote),
             patched(call.module, injected, function),
         ):
-            return proceed()
+            return proceed(call)
 
     return run
 
@@ -266,11 +236,11 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
-def _einsum(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]) -> Any:
+def _einsum(call: Call, stored: Callable[[], Weight], proceed: Proceed) -> Any:
     """The forward of ``nn.Einsum``, which has no place for a product of ours."""
     module, weight = call.module, stored()
     if weight.shape != tuple(module.shape):
-        return proceed()  # which says so
+        return proceed(call)  # which says so
     layer = require_layer(module, "Int4Einsum wraps")
     equation, inputs = layer.equation(call).replace(" ", ""), layer.input(call)
     operands, outputs = equation.split("->")
@@ -296,18 +266,18 @@ def _einsum(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]
     return y + bias.reshape([length.get(c, 1) for c in named])
 
 
-def _embed(call: Call, stored: Callable[[], Weight], proceed: Callable[[], Any]) -> Any:
+def _embed(call: Call, stored: Callable[[], Weight], proceed: Proceed) -> Any:
     """The forward of ``nn.Embed`` and its ``attend``."""
     module, weight = call.module, stored().astype(call.module.param_dtype)
     layer = require_layer(module, "Int4Embed wraps")
     x = layer.input(call) if call.method == "__call__" else call.argument(0, "query")
     if weight.shape != (module.num_embeddings, module.features) or module.num_embeddings == 1:
-        return proceed()
+        return proceed(call)
     if call.method == "attend":
         x, table = _promote(x, weight, dtype=module.dtype)
         return quantized_einsum("...f,vf->...v", x, table.values, table.scale)
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        return proceed()  # which says so
+        return proceed(call)  # which says so
     (table,) = _promote(weight, dtype=module.dtype, inexact=False)
     return quantized_rows(table.values, table.scale, x, table.dtype)
 

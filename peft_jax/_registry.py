@@ -27,6 +27,9 @@ class Call:
     Attributes:
       module: the module, of a type that the reader knows.
       changed: whether simulation or an adapter changes the weight that this call reads.
+      adapted: whether an adapter is what changes it, or one of those that do.
+      weight: the layer's weight as it is read beneath all adapters: an array, or a `Weight` where
+        it is stored in few bits. None until the dispatcher has its rules together.
     """
 
     module: Any
@@ -34,6 +37,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     changed: bool = False
+    adapted: bool = False
+    weight: Callable[[], Any] | None = None
 
     @property
     def path(self) -> str:
@@ -45,6 +50,13 @@ class Call:
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
+
+    def with_argument(self, position: int, name: str, value: Any) -> Call:
+        """The call with another value for an argument that it has."""
+        if position < len(self.args):
+            args = (*self.args[:position], value, *self.args[position + 1 :])
+            return dataclasses.replace(self, args=args)
+        return dataclasses.replace(self, kwargs={**self.kwargs, name: value})
 
 
 PRODUCTS = frozenset({"dense", "einsum", "dense_general"})
@@ -63,6 +75,8 @@ class Layer:
       beside: whether ``y + x·a·b`` is what the layer gives with ``W + a·b``. Otherwise the adapter
         joins the weight.
       check: refuses a module that can be told to be unfit before it is called.
+      only_bias: whether the output is the product plus the parameter ``bias``, if there is one,
+        and nothing else.
     """
 
     param: str
@@ -72,6 +86,7 @@ class Layer:
     methods: tuple[str, ...] = ("__call__",)
     beside: Callable[[Call], bool] = lambda call: _is_plain(call.module)
     check: Callable[[Any], None] = lambda module: None
+    only_bias: bool = False
 
 
 def layer_type(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
@@ -233,8 +248,8 @@ def _check_einsum(module: nn.Einsum) -> None:
 
 _LAYERS.update(
     {
-        nn.Dense: Layer("kernel", "dense", lambda call: DENSE),
-        nn.Einsum: Layer("kernel", "einsum", _einsum_equation, check=_check_einsum),
+        nn.Dense: Layer("kernel", "dense", lambda call: DENSE, only_bias=True),
+        nn.Einsum: Layer("kernel", "einsum", _einsum_equation, check=_check_einsum, only_bias=True),
         nn.DenseGeneral: Layer(
             "kernel",
             "dense_general",
@@ -244,6 +259,7 @@ _LAYERS.update(
                 call.module.batch_dims,
                 len(as_tuple(call.module.features)),
             ),
+            only_bias=True,
         ),
         nn.Conv: Layer(
             "kernel",
@@ -251,6 +267,7 @@ _LAYERS.update(
             lambda call: conv_equation(_window(call.module)),
             # A mask multiplies the kernel, and so the change of the kernel too.
             beside=lambda call: call.module.mask is None and _is_plain(call.module),
+            only_bias=True,
         ),
         nn.ConvTranspose: Layer(
             "kernel",
@@ -265,10 +282,23 @@ _LAYERS.update(
                 and not call.module.transpose_kernel
                 and _is_plain(call.module)
             ),
+            only_bias=True,
         ),
-        nn.Embed: Layer("embedding", "embed", lambda call: EMBED, methods=("__call__", "attend")),
+        nn.Embed: Layer(
+            "embedding",
+            "embed",
+            lambda call: EMBED,
+            input=lambda call: call.argument(0, embed_input(call)),
+            methods=("__call__", "attend"),
+            only_bias=True,
+        ),
     }
 )
+
+
+def embed_input(call: Call) -> str:
+    """Name of the argument of a method of ``nn.Embed`` that is multiplied by the table."""
+    return "query" if call.method == "attend" else "inputs"
 
 
 def _window(module: nn.Conv | nn.ConvTranspose) -> int:

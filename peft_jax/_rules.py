@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from flax import linen as nn
 
 from peft_jax._registry import Call
 
-STORAGE, SIMULATION, ADAPTER = range(3)
+STORAGE, SIMULATION, TOKENS, ADAPTER = range(4)
+# Set on a bound module while it may be given its weight as a `Weight`, values and scale apart.
+IN_PARTS = "_peft_jax_in_parts"
 Init = Callable[[Any], Any]
+Proceed = Callable[[Call], Any]
 
 
 class Untouched:
@@ -28,7 +32,7 @@ class Rule:
     """
 
     order: ClassVar[int]
-    name: ClassVar[str]
+    name: str
     covers_children: ClassVar[bool] = False
 
     def concerns(self, call: Call) -> bool:
@@ -57,9 +61,30 @@ class Rule:
         """The value that the module reads in place of its parameter."""
         return value
 
-    def around(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        """Runs the call, and what comes beside it."""
-        return proceed()
+    def around(self, call: Call, proceed: Proceed) -> Any:
+        """Runs the call, as it is or with other arguments, and what comes beside it."""
+        return proceed(call)
+
+    # Rules of one order that meet on a layer act together. Unless a kind of rules says otherwise,
+    # each acts on what the one before has made.
+
+    @staticmethod
+    def transform_together(rules: Sequence[Rule], call: Call, name: str, value: Any) -> Any:
+        """What `transform` is for one rule, for all rules of this order."""
+        for rule in rules:
+            value = rule.transform(call, name, value)
+        return value
+
+    @staticmethod
+    def around_together(rules: Sequence[Rule], call: Call, proceed: Proceed) -> Any:
+        """What `around` is for one rule, for all rules of this order."""
+        for rule in rules:
+            proceed = functools.partial(_around, rule, proceed)
+        return proceed(call)
+
+
+def _around(rule: Rule, proceed: Proceed, call: Call) -> Any:
+    return rule.around(call, proceed)
 
 
 class RuleSource(abc.ABC):

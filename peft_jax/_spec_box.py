@@ -96,7 +96,7 @@ def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
     return {
         parent: _stacked(box.spec, box.stack_axes)
         for (parent, _, name), box in places.items()
-        if isinstance(box.spec, LoraSpec) and name == "a"
+        if isinstance(box.spec, LoraSpec) and name in ("a", "rows")
     }
 
 

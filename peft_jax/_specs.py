@@ -76,6 +76,9 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
     return tuple(layer.kernel.index(c) - len(layer.kernel) for c in layer.contracted)
 
 
+VARIANTS = ("lora", "dora", "tokens")
+
+
 def _is_integer(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
@@ -94,12 +97,21 @@ class LoraSpec:
       equation: equation of the kernel's change, ``ir,ro->io``; with a leading ``...`` in every
         operand for layers stacked by ``nn.scan`` or ``nn.vmap``.
       rank: length of the rank axis.
-      scaling: factor of ``a·b``: ``alpha / rank``, or 1 where alpha is None.
+      scaling: factor of ``a·b``: ``alpha / rank``, ``alpha / sqrt(rank)`` for rsLoRA, or 1 where
+        alpha is None.
       alpha: as given to the layer.
-      variant: ``lora``.
+      variant: ``lora``; ``dora``, with a ``magnitude``, one number for each output; or ``tokens``:
+        no ``a`` and ``b``, but the ``rows`` of an embedding that are trained in place of its own.
       stack_axes: the axes along which the layer is stacked, innermost first, each counted in the
         array that it was added to, in ``a``, ``b`` and the kernel alike. Empty with a leading
         ``...`` means axis 0.
+      outputs: the letters of the kernel's axes that stand in the layer's output, in that order:
+        the axes of ``magnitude`` and ``bias``. None: those that ``a`` lacks, in kernel order.
+      bias: name of the parameter that the adapter's ``bias`` joins, beside the adapter: the
+        layer's own bias, or ``param`` itself for an embedding. None: the adapter has no bias.
+      tokens: indices of the rows of the variant ``tokens``.
+      kind: kind of the layer, as in `LayerSpec`; None where nothing is known of it. It does not
+        change what the arrays mean, and so is left out of ``==``.
     """
 
     param: str | None
@@ -109,6 +121,10 @@ class LoraSpec:
     alpha: float | None = None
     variant: str = "lora"
     stack_axes: tuple[int, ...] = ()
+    outputs: str | None = None
+    bias: str | None = None
+    tokens: tuple[int, ...] = ()
+    kind: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         axes = self.stack_axes
@@ -116,23 +132,35 @@ class LoraSpec:
             "rank": _is_integer(self.rank) and self.rank >= 1,
             "scaling": _is_number(self.scaling),
             "alpha": self.alpha is None or _is_number(self.alpha),
-            "param": self.param is None or isinstance(self.param, str),
-            "variant": self.variant == "lora",
+            **{
+                name: getattr(self, name) is None or isinstance(getattr(self, name), str)
+                for name in ("param", "outputs", "bias", "kind")
+            },
+            "variant": self.variant in VARIANTS,
+            "tokens": isinstance(self.tokens, tuple | list)
+            and all(map(_is_integer, self.tokens))
+            and bool(self.tokens) == (self.variant == "tokens"),
             "stack_axes": isinstance(axes, tuple | list) and all(map(_is_integer, axes)),
         }
         for field, is_allowed in allowed.items():
             if not is_allowed:
                 raise ValueError(
                     f"LoraSpec.{field} = {getattr(self, field)!r} is not allowed: rank is a "
-                    "positive integer, scaling a finite number, alpha too (or None), param a name "
-                    "or None, variant 'lora', stack_axes integers."
+                    "positive integer, scaling a finite number, alpha too (or None), param, "
+                    f"outputs, bias and kind a name or None, variant one of {VARIANTS}, "
+                    "stack_axes integers, tokens integers (of the variant 'tokens' alone)."
                 )
         object.__setattr__(self, "rank", operator.index(self.rank))
         object.__setattr__(self, "scaling", float(self.scaling))
         if self.alpha is not None and not isinstance(self.alpha, int):
             object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
-        self.letters  # noqa: B018  (checks the equation)
+        object.__setattr__(self, "tokens", tuple(map(operator.index, self.tokens)))
+        _, _, kernel = self.letters
+        if self.outputs is not None and not set(self.outputs) <= set(kernel):
+            raise ValueError(
+                f"LoraSpec.outputs = {self.outputs!r} names axes that the kernel {kernel!r} lacks."
+            )
         if axes and ELLIPSIS not in self.equation:
             raise ValueError(
                 f"LoraSpec.stack_axes = {self.stack_axes} goes with an equation of stacked layers, "
@@ -163,6 +191,12 @@ class LoraSpec:
         return a, b, kernel
 
     @property
+    def output_letters(self) -> str:
+        """Letters of the axes of ``magnitude`` and ``bias``."""
+        a, _, kernel = self.letters
+        return "".join(c for c in kernel if c not in a) if self.outputs is None else self.outputs
+
+    @property
     def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Positions in the kernel of its batch, input and output axes (stack axes left out).
 
@@ -176,7 +210,8 @@ class LoraSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON. Inverse of `from_dict`."""
-        return {**dataclasses.asdict(self), "stack_axes": list(self.stack_axes)}
+        lists = {"stack_axes": list(self.stack_axes), "tokens": list(self.tokens)}
+        return {**dataclasses.asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoraSpec:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flax.core import meta
 
-from peft_jax._names import is_adapter
+from peft_jax._names import is_adapter, named_as
 from peft_jax._stored import as_stored
 
 Path = tuple[str, ...]
@@ -65,6 +65,27 @@ def adapter_paths(tree: Any) -> list[str]:
 
     map_layers(tree, note)
     return paths
+
+
+def containers(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """All containers of a tree and their paths, outermost first, without those of adapters."""
+    if not is_branch(tree) or as_stored(tree) is not None:
+        return
+    yield path, tree
+    for key, value in children(tree):
+        if not (isinstance(tree, Mapping) and is_adapter(key, value)):
+            yield from containers(value, (*path, str(key)))
+
+
+def named_adapters(layer: Any, adapter_name: str) -> list[str]:
+    """The names under which a container holds adapters of one name; see `adapter_name`."""
+    if not isinstance(layer, Mapping):
+        return []
+    return [
+        key
+        for key, value in layer.items()
+        if is_adapter(key, value) and named_as(key) == adapter_name
+    ]
 
 
 def stored_paths(tree: Any, path: Path = ()) -> list[Path]:

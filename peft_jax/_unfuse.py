@@ -12,10 +12,9 @@ import numpy as np
 from flax.core import meta
 
 from peft_jax._einsum import widest
-from peft_jax._low_rank import matricize, unmatricize
-from peft_jax._params import Specs, adapter_change, check_specs, merge_params, rounded_sum
+from peft_jax._matrices import MatrixView, padded
+from peft_jax._params import Specs, check_specs, layer_changes, merge_params, rounded_sum
 from peft_jax._specs import LoraSpec
-from peft_jax._stacked import stack_back, stack_first
 from peft_jax._trees import (
     Layer,
     Path,
@@ -41,6 +40,9 @@ def unfuse_params(
 
     With ``lora`` the base is computed as ``fused - scaling * a·b``, in float32 and rounded once.
     Where ``original`` is given too, the base is exactly the original wherever that gives ``fused``.
+
+    A change that depends on the weight (DoRA) cannot be taken off: ``original`` must be given then,
+    and fuse to ``fused``.
 
     With ``original`` alone, adapters are recovered from ``fused - original`` by a singular value
     decomposition: the best of their rank (Eckart and Young, 1936). They are float32, and
@@ -97,27 +99,64 @@ def _take_off(fused: Any, original: Any, lora: Any, specs: Specs | None) -> Any:
     kept = None if original is None else _leaves(original, ())
 
     def unfuse(path: Path, layer: Layer, adapters: Layer) -> Layer:
-        for name, adapter in adapters.items():
-            param, change = adapter_change((*path, name), layer, adapter, specs)
-            base = rounded_sum(layer[param], change, -1)
-            if kept is not None:
-                base = _prefer(kept, (*path, param), base, layer[param], change)
-            layer[param] = base
-        return layer | adapters
+        if kept is None:
+            _refuse_magnitudes(path, adapters, specs)
+            changes = layer_changes(path, layer, adapters, specs)
+            return layer | {p: rounded_sum(layer[p], changes[p], -1) for p in changes} | adapters
+        leaves = [name for name, value in layer.items() if not is_branch(value)]
+        before = layer | {name: _kept(kept, (*path, name), layer[name]) for name in leaves}
+        changes = layer_changes(path, before, adapters, specs)
+        bases = {p: _prefer((*path, p), before[p], layer[p], changes[p]) for p in changes}
+        if _has_magnitude(adapters):
+            for param in changes:
+                _check_kept((*path, param), before[param], bases[param])
+        return layer | bases | adapters
 
     return map_layers(merged, unfuse)
 
 
-def _prefer(kept: dict[Path, Any], path: Path, base: Any, fused: Any, change: jax.Array) -> Any:
-    """The kept weight, wherever fusing it gives the fused one."""
+def _has_magnitude(adapters: Layer) -> bool:
+    return any("magnitude" in adapter for adapter in adapters.values())
+
+
+def _refuse_magnitudes(path: Path, adapters: Layer, specs: Specs | None) -> None:
+    if _has_magnitude(adapters):
+        raise ValueError(
+            f"unfuse_params: the adapters {[slashed((*path, name)) for name in sorted(adapters)]} "
+            "have a magnitude (DoRA), which cannot be taken off a fused weight. Give the weights "
+            "that they were fused into, as `original`."
+        )
+
+
+def _kept(kept: Mapping[Path, Any], path: Path, fused: Any) -> Any:
+    """The original of a fused parameter."""
     if path not in kept or jnp.shape(meta.unbox(kept[path])) != jnp.shape(meta.unbox(fused)):
         raise ValueError(
             f"unfuse_params: the original has no '{slashed(path)}' of shape "
             f"{jnp.shape(meta.unbox(fused))}. Give the weights that the adapters were fused into."
         )
-    original = kept[path]
+    return kept[path]
+
+
+def _prefer(path: Path, original: Any, fused: Any, change: jax.Array) -> Any:
+    """The original weight, wherever fusing it gives the fused one."""
+    base = rounded_sum(fused, change, -1)
     same = meta.unbox(rounded_sum(original, change, 1)) == meta.unbox(fused)
     return meta.replace_boxed(base, jnp.where(same, meta.unbox(original), meta.unbox(base)))
+
+
+def _check_kept(path: Path, original: Any, base: Any) -> None:
+    """Under DoRA the base is the original, and anything else is an error of the caller."""
+    original, base = meta.unbox(original), meta.unbox(base)
+    if isinstance(base, jax.core.Tracer) or bool(jnp.all(original == base)):
+        return
+    close = jnp.allclose(original.astype(jnp.float32), base.astype(jnp.float32), rtol=1e-2)
+    if not bool(close):
+        raise ValueError(
+            f"unfuse_params: the original of '{slashed(path)}' does not fuse to what is given, and "
+            "a magnitude (DoRA) cannot be taken off otherwise. Give the weights that the adapters "
+            "were fused into."
+        )
 
 
 def _recover(fused: Any, original: Any, specs: Specs | None, rank: int | None) -> Any:
@@ -129,6 +168,12 @@ def _recover(fused: Any, original: Any, specs: Specs | None, rank: int | None) -
             "unfuse_params: the trees have different leaves: only in fused "
             f"{[slashed(p) for p in sorted(after.keys() - before.keys())]}, only in original "
             f"{[slashed(p) for p in sorted(before.keys() - after.keys())]}."
+        )
+    decomposed = [path for path, spec in (specs or {}).items() if spec.variant != "lora"]
+    if decomposed:
+        raise ValueError(
+            f"unfuse_params: the specs of {decomposed[:5]} are of DoRA, and adapters are recovered "
+            "as plain LoRA. Give specs of the variant 'lora', or the adapters (`lora`)."
         )
     wanted = _wanted(specs, before) if specs is not None else _differing(before, after)
     adapters: dict[Path, dict[str, Any]] = {}
@@ -231,25 +276,17 @@ def _factors(
     if spec.scaling == 0:
         raise ValueError(f"unfuse_params: a scaling of 0 at '{slashed(path)}' has no inverse.")
     dtype = widest(old.dtype)
-    axes = spec.stack_axes or (0,) * (old.ndim - len(spec.letters[2]))
-    change = stack_first(new.astype(dtype) - old.astype(dtype), axes)
-    lead, shape = change.shape[: len(axes)], change.shape[len(axes) :]
-    batch, inputs, outputs = spec.matrix_axes
-    matrices = jax.vmap(lambda w: matricize(w, inputs, outputs, batch))(
-        change.reshape((math.prod(lead), *shape))
-    )
+    view = MatrixView.of(spec, old.shape)
+    matrices = view.matrices(new.astype(dtype) - old.astype(dtype))
     u, s, v = jnp.linalg.svd(matrices, full_matrices=False)
     if rank is None:
         rank = _numerical_rank(s, new, matrices.shape[-2:], slashed(where))
         rank = max(rank, spec.rank)  # of zeros beyond, so that the spec's scaling still holds
     kept = min(rank, s.shape[-1])
     root = jnp.sqrt(s[..., :kept])
-    a = _padded(u[..., :kept] * root[..., None, :], rank, -1)
-    b = _padded(v[..., :kept, :] * root[..., :, None] / spec.scaling, rank, -2)
-    return {
-        name: stack_back(array.reshape(lead + array.shape[1:]), axes)
-        for name, array in zip(("a", "b"), _laid_out(a, b, shape, spec), strict=True)
-    }
+    a = padded(u[..., :kept] * root[..., None, :], rank, -1)
+    b = padded(v[..., :kept, :] * root[..., :, None] / spec.scaling, rank, -2)
+    return dict(zip(("a", "b"), view.factors(a, b), strict=True))
 
 
 def _numerical_rank(s: jax.Array, weight: jax.Array, shape: tuple[int, ...], where: str) -> int:
@@ -265,33 +302,6 @@ def _numerical_rank(s: jax.Array, weight: jax.Array, shape: tuple[int, ...], whe
     noise = float(jnp.finfo(weight.dtype).eps) * float(jnp.max(jnp.abs(weight.astype(s.dtype))))
     floor = noise * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
     return max(1, int(jnp.max(jnp.sum(s > floor, axis=-1))))
-
-
-def _padded(array: jax.Array, length: int, axis: int) -> jax.Array:
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, length - array.shape[axis])
-    return jnp.pad(array, widths)
-
-
-def _laid_out(
-    a: jax.Array, b: jax.Array, shape: tuple[int, ...], spec: LoraSpec
-) -> tuple[jax.Array, jax.Array]:
-    """Matrices ``(stack, batch, in, r)``, ``(stack, batch, r, out)`` as the spec lays them out."""
-    letters_a, letters_b, kernel = spec.letters
-    sizes = dict(zip(kernel, shape, strict=True))
-    (shared,) = (set(letters_a) & set(letters_b)) - set(kernel)
-    sizes[shared] = a.shape[-1]
-
-    def lay(matrix: jax.Array, letters: str, rank_last: bool) -> jax.Array:
-        both = (set(letters_a) & set(letters_b)) - {shared}
-        batch = tuple(i for i, c in enumerate(letters) if c in both)
-        rank = (letters.index(shared),)
-        rest = tuple(i for i in range(len(letters)) if i not in batch + rank)
-        rows, columns = (rest, rank) if rank_last else (rank, rest)
-        full = tuple(sizes[c] for c in letters)
-        return jax.vmap(lambda m: unmatricize(m, full, rows, columns, batch))(matrix)
-
-    return lay(a, letters_a, True), lay(b, letters_b, False)
 
 
 def _leaves(tree: Any, path: Path) -> dict[Path, Any]:

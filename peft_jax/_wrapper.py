@@ -14,22 +14,15 @@ from peft_jax._registry import layer_type, require_layer
 from peft_jax._rules import Rule, RuleSource
 
 
-class Wrapper(nn.Module, RuleSource):
+class Transparent(nn.Module):
     """A module in the place of another, whose parameters keep their paths.
 
-    The wrapper takes the scope of the module that it wraps, or gives it its own where that one has
-    none yet, so that neither the wrapper's name nor ``wrapped`` shows in the parameter tree.
-    Attributes and methods that the wrapper lacks are those of the wrapped module; its methods run
-    under the wrapper's rule.
+    It takes the scope of the module that it wraps, or gives it its own where that one has none
+    yet, so that neither its name nor ``wrapped`` shows in the parameter tree. Attributes and
+    methods that it lacks are those of the wrapped module; its methods run through `_forward`.
     """
 
     wrapped: nn.Module
-
-    def rule(self) -> Rule:
-        """What this wrapper does to the layer inside, as data."""
-        raise TypeError(f"{type(self).__name__} defines no rule.")
-
-    rule = nn.nowrap(rule)
 
     def __post_init__(self) -> None:
         if not isinstance(self.wrapped, nn.Module):
@@ -72,6 +65,42 @@ class Wrapper(nn.Module, RuleSource):
         return wrapped
 
     @nn.nowrap
+    def _inside(self) -> nn.Module:
+        """The module whose methods and attributes are shown."""
+        return self.wrapped
+
+    @nn.nowrap
+    def _forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a method of the module inside."""
+        return getattr(self._inside(), method)(*args, **kwargs)
+
+    @nn.nowrap
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped module."""
+        return self._forward("__call__", args, kwargs)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is the wrapped module's."""
+        wrapped = self.__dict__.get("wrapped")
+        if wrapped is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        module = self._inside()
+        if _is_method(layer_type(module), name):
+            return types.MethodType(_forwarding(name), self)
+        return getattr(module, name)
+
+
+class Wrapper(Transparent, RuleSource):
+    """A module in the place of another, whose methods run under a rule."""
+
+    def rule(self) -> Rule:
+        """What this wrapper does to the layer inside, as data."""
+        raise TypeError(f"{type(self).__name__} defines no rule.")
+
+    rule = nn.nowrap(rule)
+
+    @nn.nowrap
     def unwrap(self) -> tuple[tuple[Rule, ...], nn.Module]:
         rules: tuple[Rule, ...] = (self.rule(),)
         module = self.wrapped
@@ -81,25 +110,14 @@ class Wrapper(nn.Module, RuleSource):
         return rules, module
 
     @nn.nowrap
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the wrapped module."""
-        return self._forward("__call__", args, kwargs)
+    def _inside(self) -> nn.Module:
+        _, module = self.unwrap()
+        return module
 
     @nn.nowrap
     def _forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rules, module = self.unwrap()
         return call_wrapped(module, rules, method, args, kwargs)
-
-    @nn.nowrap
-    def __getattr__(self, name: str) -> Any:
-        """What the wrapper lacks is the wrapped module's; methods run under the rule."""
-        wrapped = self.__dict__.get("wrapped")
-        if wrapped is None or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        _, module = self.unwrap()
-        if _is_method(layer_type(module), name):
-            return types.MethodType(_forwarding(name), self)
-        return getattr(module, name)
 
 
 class LayerWrapper(Wrapper):
@@ -145,7 +163,7 @@ def _is_method(cls: type[nn.Module], name: str) -> bool:
 
 
 def _forwarding(name: str) -> Callable[..., Any]:
-    def forward(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Transparent, *args: Any, **kwargs: Any) -> Any:
         return self._forward(name, args, kwargs)
 
     forward.__name__ = name

@@ -280,7 +280,7 @@ SPECS = {
     "scaling": ({"scaling": float("nan")}, "scaling = nan"),
     "equation": ({"equation": "ir,so->io"}, "ir,so->io"),
     "no equation": ({"equation": "ir"}, "'ir'"),
-    "variant": ({"variant": "dora"}, "dora"),
+    "variant": ({"variant": "vera"}, "vera"),
     "param": ({"param": 3}, "param = 3"),
 }
 

@@ -270,7 +270,7 @@ BAD = {
     "alpha of text": {"alpha": "1"},
     "alpha of nan": {"alpha": math.nan},
     "param of a number": {"param": 3},
-    "unknown variant": {"variant": "dora"},
+    "unknown variant": {"variant": "vera"},
     "no arrow": {"equation": "ir,ro"},
     "one operand": {"equation": "ir->i"},
     "no shared letter": {"equation": "i,o->io"},

@@ -1,0 +1,204 @@
+"""A model adapted as a config says: `get_peft_model`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from peft_jax._config import LoraConfig
+from peft_jax._interceptor import ModuleInterceptor
+from peft_jax._names import DEFAULT, check_adapter_name, is_adapter
+from peft_jax._normalised import init_of_copy
+from peft_jax._registry import layer_type
+from peft_jax._rules import Untouched
+from peft_jax._target_checks import check_entries
+from peft_jax._targeting import Adapt, Structure, needs_structure, structure
+from peft_jax._targets import is_all_linear, selects, with_targets
+from peft_jax._trees import children, containers, is_branch, named_adapters
+from peft_jax._wrapper import Transparent
+
+
+class PeftModel(Transparent):
+    """A Linen module whose layers are adapted as a config says; made by `get_peft_model`.
+
+    It has the methods, the attributes and the parameter paths of ``wrapped``, and any method runs
+    adapted: ``model.apply(variables, x, method="encode")``. Its submodules, as seen from a bound
+    model, are adapted too.
+
+    Attributes:
+      wrapped: the model.
+      peft_config: which layers are adapted, and how.
+      adapter_name: of the adapters, which lie at ``lora`` if it is ``default``, else at
+        ``lora.<name>``.
+      base_path: of a part of an adapted model: the path of the whole. None: this is the whole.
+      structure: what the config means by the output layer and the embedding, once it is known.
+    """
+
+    _: dataclasses.KW_ONLY
+    peft_config: LoraConfig
+    adapter_name: str = DEFAULT
+    base_path: tuple[str, ...] | None = None
+    structure: Structure | None = None
+
+    @nn.nowrap
+    def init_with_output(
+        self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As of any Linen module; raises where an entry of the config matches nothing."""
+        model, method = self, self._own_method(method)
+        if needs_structure(self.peft_config) and self.structure is None:
+            given = {name: kwargs[name] for name in kwargs if name not in _OF_INIT}
+
+            def init(rngs: Any, args: Any, kwargs: Any) -> Any:
+                return self.wrapped.init(rngs, *args, method=method, **kwargs).get("params", {})
+
+            found = structure(self.peft_config, init, rngs, args, given)
+            model = self.clone(structure=found)
+        y, variables = super(PeftModel, model).init_with_output(
+            rngs, *args, method=method, **kwargs
+        )
+        if "params" in variables:
+            _check(self.peft_config, variables["params"], self.adapter_name, at_init=True)
+        return y, variables
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As of any Linen module."""
+        return super().apply(variables, *args, method=self._own_method(method), **kwargs)
+
+    @nn.nowrap
+    def _own_method(self, method: Any) -> Any:
+        """A method of the wrapped model's class by its name, under which this model has it."""
+        name = getattr(method, "__name__", None)
+        if name is not None and getattr(layer_type(self.wrapped), name, None) is method:
+            return name
+        return method
+
+    @nn.nowrap
+    def _forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = getattr(self.wrapped, method)
+        if self.scope is None:
+            return run(*args, **kwargs)
+        with ModuleInterceptor(self._adapt(method, args, kwargs)):
+            return run(*args, **kwargs)
+
+    @nn.nowrap
+    def _adapt(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Adapt:
+        """The rule by which this call is adapted."""
+        scope, config = self.scope, self.peft_config
+        assert scope is not None
+        base = scope.path if self.base_path is None else self.base_path
+        adapt = Adapt(config, base, self.adapter_name)
+        if self.is_initializing():
+            found = self.structure
+            if needs_structure(config) and found is None:
+                init = init_of_copy(self.wrapped, method)
+                found = structure(config, init, scope.rngs, args, kwargs)
+            return adapt if found is None else dataclasses.replace(adapt, **found._asdict())
+        params = scope.variables().get("params", {})
+        if self.base_path is None:
+            _check(config, params, self.adapter_name, at_init=False)
+        return adapt.for_params(params)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """What this model lacks is the wrapped model's; submodules are shown adapted."""
+        value = super().__getattr__(name)
+        return value if self.scope is None else self._shown(value)
+
+    @nn.nowrap
+    def _shown(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._shown(item) for key, item in value.items()}
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            return type(value)(map(self._shown, value))
+        if not isinstance(value, nn.Module) or value.scope is None or isinstance(value, Untouched):
+            return value
+        assert self.scope is not None
+        return PeftModel(
+            wrapped=value,
+            peft_config=self.peft_config,
+            adapter_name=self.adapter_name,
+            base_path=self.scope.path if self.base_path is None else self.base_path,
+            structure=self.structure,
+        )
+
+
+_OF_INIT = frozenset({"mutable", "capture_intermediates"})
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: LoraConfig, adapter_name: str = DEFAULT
+) -> PeftModel:
+    """The model with the adapters that a config speaks of; still a Linen module.
+
+    Example::
+
+      config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
+      model = peft.get_peft_model(model, config)
+      params = model.init(key, x)["params"]
+      specs = peft.lora_specs(model, x)
+      base, lora = peft.init_lora_weights(pretrained, specs, key)
+      y = model.apply({"params": peft.merge_params(base, lora)}, x)
+
+    ``init`` draws the adapters so that they change nothing. What looks at the base's weights (the
+    magnitude of DoRA; ``init_lora_weights`` of pissa, olora, loftq, corda) or at data (eva, corda)
+    is set by `init_lora_weights` from the weights that the model is to have.
+
+    Whether an entry of the config matches nothing is judged by the whole parameter tree: by the
+    one that ``init`` makes, and by the one that ``apply`` is given.
+
+    Args:
+      model: a Linen module; also one inside another module. (Of a ``transformers`` Flax model,
+        its ``module``.) An adapted model is adapted once more, under another ``adapter_name``.
+      peft_config: a `LoraConfig`.
+      adapter_name: see `PeftModel`.
+
+    Raises:
+      ValueError: where the model is none, the config is none, or ``target_modules`` is None and
+        the model's ``config.model_type`` is not known.
+    """
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "module", None)
+        remedy = " Give its `module`." if isinstance(inner, nn.Module) else ""
+        raise ValueError(
+            f"get_peft_model takes a Linen module, got {type(model).__name__}.{remedy}"
+        )
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(
+            f"get_peft_model takes a LoraConfig, got {type(peft_config).__name__}. Read plain data "
+            "by `peft.LoraConfig.from_dict`."
+        )
+    check_adapter_name("get_peft_model", adapter_name)
+    config = with_targets(peft_config, _model_type(model))
+    return PeftModel(wrapped=model, peft_config=config, adapter_name=adapter_name)
+
+
+def _model_type(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    if isinstance(config, Mapping):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)
+
+
+def _check(config: LoraConfig, params: Any, adapter_name: str, *, at_init: bool) -> None:
+    """Every entry of the config matches something in a whole parameter tree."""
+    tree = list(containers(params))
+    adapted = [path for path, layer in tree if named_adapters(layer, adapter_name)]
+    parameters = [
+        (*path, str(key))
+        for path, layer in tree
+        for key, value in children(layer)
+        if not is_branch(value) and not is_adapter(key, value)
+    ]
+    if not at_init:
+        if not adapted:
+            raise ValueError(
+                f"The parameters hold no adapter named {adapter_name!r}. Initialize this model by "
+                "its own `init`, or add adapters to the base's parameters by `peft.merge_params`."
+            )
+        adapted += [path for path, _ in tree if not is_all_linear(config) and selects(config, path)]
+    check_entries(config, [path for path, _ in tree], adapted, parameters)

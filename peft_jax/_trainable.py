@@ -1,0 +1,112 @@
+"""Which parameters of an adapted model are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import meta
+
+from peft_jax._config import LoraConfig
+from peft_jax._names import is_adapter
+from peft_jax._stored import as_stored, weight_shape
+from peft_jax._target_checks import check_saved
+from peft_jax._targets import is_saved
+from peft_jax._trees import Path, children, containers, is_branch, rebuild
+
+
+def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
+    """A tree of booleans, of the structure of ``params``: what is trained, for ``optax``.
+
+    Trained are all adapters with their magnitudes, biases and token rows; by ``config.bias`` the
+    parameters named ``bias``, all of them or those beside an adapter (``lora_only``); and all below
+    ``config.modules_to_save``.
+
+    Example::
+
+      mask = peft.trainable_mask(params, config)
+      labels = jax.tree.map(lambda trained: "train" if trained else "freeze", mask)
+      optimizer = optax.multi_transform(
+          {"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}, labels
+      )
+
+    To save the work of the frozen gradients too, differentiate by the adapters alone
+    (`split_params`).
+
+    Args:
+      params: of the adapted model: nested dicts, FrozenDicts, lists and tuples.
+      config: None: adapters alone.
+
+    Raises:
+      ValueError: where an entry of ``modules_to_save`` matches nothing, or nothing is trained.
+    """
+    if config is not None:
+        check_saved(config, [path for path, _ in containers(params)])
+    mask = _mask(params, config, (), False)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(
+            "trainable_mask: nothing in the parameters is trained: they hold no adapter. Give "
+            "those of the adapted model."
+        )
+    return mask
+
+
+def _mask(tree: Any, config: LoraConfig | None, path: Path, saved: bool) -> Any:
+    if not is_branch(tree) or as_stored(tree) is not None:
+        return jax.tree.map(lambda _: saved, tree)
+    saved = saved or (config is not None and bool(path) and is_saved(config, path))
+    bias = "none" if config is None else config.bias
+    adapted = isinstance(tree, Mapping) and any(is_adapter(k, v) for k, v in tree.items())
+    of_bias = saved or bias == "all" or (bias == "lora_only" and adapted)
+    marked: dict[Any, Any] = {}
+    for key, value in children(tree):
+        if isinstance(tree, Mapping) and is_adapter(key, value):
+            marked[key] = jax.tree.map(lambda _: True, value)
+        elif key == "bias" and not is_branch(value):
+            marked[key] = jax.tree.map(lambda _: of_bias, value)
+        else:
+            marked[key] = _mask(value, config, (*path, str(key)), saved)
+    return rebuild(tree, marked)
+
+
+def print_trainable_parameters(params: Any, config: LoraConfig | None = None) -> None:
+    """Prints how many parameters are trained, of how many; see `trainable_mask`.
+
+    ``trainable params: X || all params: Y || trainable%: Z || matched modules: N of M``. Weights
+    that are stored in few bits count by the numbers that they stand for. M are the modules that
+    hold a weight of two or more axes, N those of them with an adapter.
+    """
+    print(trainable_parameters(params, config))
+
+
+def trainable_parameters(params: Any, config: LoraConfig | None = None) -> str:
+    """The line that `print_trainable_parameters` prints."""
+    mask = trainable_mask(params, config)
+    numbers = jax.tree.map(_size, params, is_leaf=_is_one)
+    trained = jax.tree.map(lambda n, m: n if all(jax.tree.leaves(m)) else 0, numbers, mask)
+    total, count = sum(jax.tree.leaves(numbers)), sum(jax.tree.leaves(trained))
+    layers = [layer for _, layer in containers(params) if _has_weight(layer)]
+    matched = sum(any(is_adapter(k, v) for k, v in layer.items()) for layer in layers)
+    return (
+        f"trainable params: {count:,d} || all params: {total:,d} || "
+        f"trainable%: {100 * count / total:.4f} || matched modules: {matched} of {len(layers)}"
+    )
+
+
+def _is_one(node: Any) -> bool:
+    """Whether a node of a tree stands for one parameter."""
+    return as_stored(node) is not None or isinstance(node, meta.AxisMetadata)
+
+
+def _size(value: Any) -> int:
+    return math.prod(weight_shape(meta.unbox(value)))
+
+
+def _has_weight(layer: Any) -> bool:
+    return isinstance(layer, Mapping) and any(
+        len(weight_shape(meta.unbox(value))) >= 2
+        for key, value in layer.items()
+        if not is_adapter(key, value) and (not is_branch(value) or as_stored(value) is not None)
+    )
