@@ -39,6 +39,7 @@ from peft_jax._quantized import (
 from peft_jax._registry import register_layer
 from peft_jax._specs import LayerSpec, LoraSpec
 from peft_jax._stored import StoredValues
+from peft_jax._summary import Summary, SummaryRow, summarize
 from peft_jax._trainable import print_trainable_parameters, trainable_mask
 from peft_jax._unfuse import unfuse_params
 from peft_jax.io import export_gguf
@@ -77,6 +78,8 @@ __all__ = [
     "SimulateQuantizedEinsum",
     "SimulateQuantizedEmbed",
     "StoredValues",
+    "Summary",
+    "SummaryRow",
     "TaskType",
     "dequantize",
     "dequantize_checkpoint",
@@ -92,6 +95,7 @@ __all__ = [
     "register_layer",
     "simulate_quantize",
     "split_params",
+    "summarize",
     "trainable_mask",
     "unfuse_params",
 ]

@@ -77,14 +77,21 @@ def layer_specs(
     Raises:
       ValueError: where ``model`` is no unbound Linen module.
     """
-    init = _init_of(model, "layer_specs", method)
-    with ModuleInterceptor(_recorded):
-        boxes = traced_boxes(init, *_given(rngs), inputs, kwargs)
+    boxes = recorded_boxes(model, "layer_specs", *inputs, method=method, rngs=rngs, **kwargs)
     return {
         path: dataclasses.replace(box.spec, stack_axes=box.stack_axes)
         for path, box in boxes.items()
         if isinstance(box.spec, LayerSpec)
     }
+
+
+def recorded_boxes(
+    model: nn.Module, caller: str, *inputs: Any, method: Any, rngs: Any, **kwargs: Any
+) -> dict[str, SpecBox]:
+    """Weights of registered layers and arrays of adapters, in boxes with their specs."""
+    init = _init_of(model, caller, method)
+    with ModuleInterceptor(_recorded):
+        return traced_boxes(init, *_given(rngs), inputs, kwargs)
 
 
 def _init_of(model: nn.Module, caller: str, method: Any) -> Callable[..., Any]:
