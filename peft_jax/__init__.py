@@ -42,6 +42,15 @@ from peft_jax._stored import StoredValues
 from peft_jax._summary import Summary, SummaryRow, summarize
 from peft_jax._trainable import print_trainable_parameters, trainable_mask
 from peft_jax._unfuse import unfuse_params
+from peft_jax.initializers import (
+    collect_covariances,
+    get_eva_state_dict,
+    init_lora_weights,
+    initialize_lora_eva_weights,
+    redistribute_ranks,
+    replace_lora_weights_loftq,
+    subtract_mutated_init,
+)
 from peft_jax.io import export_gguf
 
 __all__ = [
@@ -81,20 +90,27 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "TaskType",
+    "collect_covariances",
     "dequantize",
     "dequantize_checkpoint",
     "export_gguf",
     "fuse_params",
+    "get_eva_state_dict",
     "get_peft_model",
+    "init_lora_weights",
+    "initialize_lora_eva_weights",
     "layer_specs",
     "lora_specs",
     "merge_params",
     "print_trainable_parameters",
     "quantize",
     "quantize_checkpoint",
+    "redistribute_ranks",
     "register_layer",
+    "replace_lora_weights_loftq",
     "simulate_quantize",
     "split_params",
+    "subtract_mutated_init",
     "summarize",
     "trainable_mask",
     "unfuse_params",

@@ -403,15 +403,25 @@ class LoRAConvAdapter(LoRAAdapter):
         a, b, _ = self.arrays(conv_equation(len(window)), shape)
         x, a, b = promote_dtype(self.dropped(inputs, deterministic), a, b, dtype=self.dtype)
         b = self.gained(b, gain, "o", "ro")
+        hidden = self.hidden(x, a)
         if groups == 1:
-            return jnp.einsum("...r,ro->...o", self._convolve(x, a), b, precision=self.precision)
-        # Every group of inputs goes through all of `a`, and meets the columns of `b` that make
-        # the outputs of this group.
-        hidden = self._convolve(x, jnp.tile(a, groups))
-        hidden = hidden.reshape(*hidden.shape[:-1], groups, self.rank)
+            return jnp.einsum("...r,ro->...o", hidden, b, precision=self.precision)
+        # Every group of inputs meets the columns of `b` that make the outputs of this group.
         b = b.reshape(self.rank, groups, self.features // groups)
         y = jnp.einsum("...gr,rgo->...go", hidden, b, precision=self.precision)
         return y.reshape(*y.shape[:-2], self.features)
+
+    @nn.nowrap
+    def hidden(self, x: Array, a: Array) -> Array:
+        """``conv(x, a)``; where there are several groups, with an axis of groups before the rank.
+
+        Every group of inputs goes through all of ``a``.
+        """
+        groups = self.feature_group_count
+        if groups == 1:
+            return self._convolve(x, a)
+        hidden = self._convolve(x, jnp.tile(a, groups))
+        return hidden.reshape(*hidden.shape[:-1], groups, a.shape[-1])
 
     @nn.nowrap
     def _convolve(self, x: Array, kernel: Array) -> Array:

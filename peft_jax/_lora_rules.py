@@ -94,6 +94,13 @@ _BESIDE: Mapping[str, Build] = {
 }
 
 
+def adapter_fields(
+    call: Call, layer: Layer, shape: tuple[int, ...]
+) -> tuple[type[LoRAAdapter], dict[str, Any]]:
+    """The type and the fields of the adapter beside a layer with a weight of this shape."""
+    return _BESIDE[layer.kind](call, layer, shape)
+
+
 # --- Rules ---------------------------------------------------------------------------------------
 
 
@@ -157,7 +164,7 @@ class LoRARule(AdapterRule):
                 f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
             )
         _refuse_another_equation(call, layer.equation(call), layer.kind)
-        cls, fields = _BESIDE[layer.kind](call, layer, weight_shape(meta.unbox(stored)))
+        cls, fields = adapter_fields(call, layer, weight_shape(meta.unbox(stored)))
         settings = dataclasses.replace(self.settings, dtype=self.settings.dtype or dtype)
         fields |= {"kind": layer.kind, "precision": getattr(module, "precision", None)}
         return _make(cls, call, layer.param, stored, settings, **fields)
