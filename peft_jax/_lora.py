@@ -11,10 +11,12 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
 from peft_jax._adapters import DEFAULT_A_INIT, DEFAULT_B_INIT, check_settings
-from peft_jax._lora_rules import LoRARule, LoRAWeightRule, Settings
+from peft_jax._lora_rules import LoRARule
 from peft_jax._names import DEFAULT, check_adapter_name
+from peft_jax._placed import Settings
 from peft_jax._registry import PRODUCTS, layer_type
 from peft_jax._rules import Rule
+from peft_jax._weight_rule import LoRAWeightRule
 from peft_jax._wrapper import LayerWrapper
 
 

@@ -1,107 +1,35 @@
-"""What LoRA does to a layer: an adapter beside it, or at its weights."""
+"""What LoRA does to a layer: adapters beside it, or at its weight."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import operator
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.core import meta
-from flax.errors import NameInUseError
-from flax.typing import Array, Dtype, Initializer
+from flax.typing import Array
 
 from peft_jax._adapters import (
     LoRAAdapter,
-    LoRAConvAdapter,
-    LoRADenseAdapter,
-    LoRADenseGeneralAdapter,
-    LoRAEinsumAdapter,
-    LoRAEmbedAdapter,
-    LoRAWeightAdapter,
 )
 from peft_jax._einsum import widest
-from peft_jax._equation import BATCH_IN_B, parse_equation, weight_equation
-from peft_jax._interceptor import special_call
+from peft_jax._equation import parse_equation
 from peft_jax._low_rank import add_once
 from peft_jax._magnitude import along
-from peft_jax._names import DEFAULT, adapter_name, is_adapter
-from peft_jax._normalised import NORMS, around_norm
-from peft_jax._registry import Call, Layer, embed_input, find_layer, layer_type, require_layer
+from peft_jax._names import DEFAULT
+from peft_jax._placed import (
+    Settings,
+    adapter_fields,
+    make_adapter,
+    refuse_another_equation,
+    weight_change,
+)
+from peft_jax._registry import Call, Layer, embed_input, require_layer
 from peft_jax._rules import ADAPTER, Proceed, Rule
-from peft_jax._stored import as_stored, weight_shape
-
-_DELTA = "_peft_jax_delta"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The fields that every LoRA wrapper shares; see `LoRAAdapter`."""
-
-    rank: int
-    alpha: float | None
-    dropout: float
-    deterministic: bool | None
-    dtype: Dtype | None
-    param_dtype: Dtype
-    a_init: Initializer
-    b_init: Initializer
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    adapter_name: str = DEFAULT
-
-
-# --- The adapter beside a layer of each kind -----------------------------------------------------
-
-Build = Callable[[Call, Layer, tuple[int, ...]], tuple[type[LoRAAdapter], dict[str, Any]]]
-
-
-def _conv(call: Call, layer: Layer, shape: tuple[int, ...]) -> Any:
-    module = call.module
-    names = ["features", "kernel_size", "strides", "padding", "kernel_dilation"]
-    transpose = issubclass(layer_type(module), nn.ConvTranspose)
-    if not transpose:
-        names += ["input_dilation", "feature_group_count"]
-    fields = {name: getattr(module, name) for name in names}
-    return LoRAConvAdapter, {**fields, "transpose": transpose}
-
-
-_BESIDE: Mapping[str, Build] = {
-    "dense": lambda call, layer, shape: (LoRADenseAdapter, {"features": shape[-1]}),
-    "einsum": lambda call, layer, shape: (
-        LoRAEinsumAdapter,
-        {"einsum_str": layer.equation(call), "shape": shape},
-    ),
-    "dense_general": lambda call, layer, shape: (
-        LoRADenseGeneralAdapter,
-        {
-            "features": call.module.features,
-            "axis": call.module.axis,
-            "batch_dims": call.module.batch_dims,
-        },
-    ),
-    "conv": _conv,
-    "embed": lambda call, layer, shape: (
-        LoRAEmbedAdapter,
-        {"num_embeddings": shape[0], "features": shape[1]},
-    ),
-}
-
-
-def adapter_fields(
-    call: Call, layer: Layer, shape: tuple[int, ...]
-) -> tuple[type[LoRAAdapter], dict[str, Any]]:
-    """The type and the fields of the adapter beside a layer with a weight of this shape."""
-    return _BESIDE[layer.kind](call, layer, shape)
-
-
-# --- Rules ---------------------------------------------------------------------------------------
+from peft_jax._stored import weight_shape
 
 
 class AdapterRule(Rule):
@@ -163,11 +91,11 @@ class LoRARule(AdapterRule):
                 f"{type(module).__name__} at '{call.path}' is registered with the parameter "
                 f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
             )
-        _refuse_another_equation(call, layer.equation(call), layer.kind)
+        refuse_another_equation(call, layer.equation(call), layer.kind)
         cls, fields = adapter_fields(call, layer, weight_shape(meta.unbox(stored)))
         settings = dataclasses.replace(self.settings, dtype=self.settings.dtype or dtype)
         fields |= {"kind": layer.kind, "precision": getattr(module, "precision", None)}
-        return _make(cls, call, layer.param, stored, settings, **fields)
+        return make_adapter(cls, call, layer.param, stored, settings, **fields)
 
 
 def _run_beside(rules: list[LoRARule], proceed: Proceed, call: Call) -> Any:
@@ -273,167 +201,3 @@ def _shift(rule: LoRARule, call: Call, layer: Layer, y: Array) -> Array:
         query = call.argument(0, embed_input(call)).astype(y.dtype)
         return jnp.einsum("...f,f->...", query, bias)[..., None]
     return along(bias, equation.kept, equation.output_axes(y.ndim))
-
-
-def _make(
-    cls: Any,
-    call: Call,
-    param: str,
-    stored: Any,
-    settings: Settings,
-    **fields: Any,
-) -> Any:
-    """The adapter of one parameter, in the scope of the module that holds the parameter."""
-    scope = call.module.scope
-    if any(part.startswith("map_variables(") for part in scope.debug_path):
-        raise ValueError(
-            f"The layer at '{call.path}' runs inside `nn.map_variables` (or a wrapper is written "
-            "inside nn.WeightNorm or nn.SpectralNorm), where parameters are not those that are "
-            "stored, so that fused weights would give other answers. Leave it out of the rule; "
-            "for layers under a norm, use `peft.ModuleInterceptor` in place of the wrapper."
-        )
-    name = adapter_name(call.module, param, settings.adapter_name)
-    taken = scope.get_variable("params", name)
-    if taken is not None and not is_adapter(name, taken):
-        raise ValueError(
-            f"The adapter of '{call.path}' is named {name!r}, but the module has a child or a "
-            "parameter of this name. Rename the module's own."
-        )
-    names = [field.name for field in dataclasses.fields(settings)]
-    shared = {name: getattr(settings, name) for name in names if name != "adapter_name"}
-    return cls(
-        **shared,
-        **fields,
-        adapts=param,
-        kernel_metadata=stored if isinstance(stored, meta.AxisMetadata) else None,
-        parent=scope.push(name, reuse=True),
-        name=name,
-    )
-
-
-def _refuse_another_equation(call: Call, equation: str, kind: str) -> None:
-    """One pair of arrays has one delta, whatever equations the layer is called with."""
-    delta = parse_equation(equation).low_rank(batch_in_b=kind in BATCH_IN_B).delta
-    before = call.module.__dict__.setdefault(_DELTA, delta)
-    if _pattern(before) != _pattern(delta):
-        raise ValueError(
-            f"The layer at '{call.path}' is called with equations whose changes of the kernel "
-            f"differ ('{before}', then '{delta}'): one adapter cannot serve both. Leave it out of "
-            "the rule, or give each use a layer of its own."
-        )
-
-
-def _pattern(equation: str) -> tuple[int, ...]:
-    """An equation up to the choice of letters."""
-    return tuple(equation.index(c) for c in equation)
-
-
-def weight_change(
-    settings: Settings, call: Call, name: str, value: Any, equation: str, kind: str | None
-) -> Array:
-    """What an adapter adds to a weight, in float32 or wider."""
-    layer = find_layer(call.module)
-    if layer is not None and layer.param == name and kind is not None:
-        _refuse_another_equation(call, equation, kind)
-    if settings.dropout:
-        raise ValueError(
-            f"Dropout acts on a layer's input, but the adapter of '{call.path}' joins the weight "
-            f"{name!r}. Set dropout=0 (it is {settings.dropout})."
-        )
-    stored: Any = call.module.get_variable("params", name)
-    fields = {"equation": equation, "kind": kind}
-    return _make(LoRAWeightAdapter, call, name, stored, settings, **fields)(value)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAWeightRule(AdapterRule):
-    """Adapters at the weights of a module and of the modules inside it."""
-
-    covers_children: ClassVar[bool] = True
-    settings: Settings
-    params: tuple[str, ...] | None
-
-    def _names(self, path: tuple[str, ...], name: str) -> bool:
-        if self.params is None:
-            return True
-        full = "/".join((*path, name))
-        return any(full == entry or full.endswith("/" + entry) for entry in self.params)
-
-    def concerns(self, call: Call) -> bool:
-        if self.params is None:
-            return True
-        layer = find_layer(call.module)
-        return layer is None or self._names(call.module.scope.path, layer.param)
-
-    def at_weight(self, call: Call) -> bool:
-        return True
-
-    def change(self, call: Call, name: str, value: Any) -> Array | None:
-        path = call.module.scope.path
-        if not self._names(path, name) or not isinstance(value, jax.Array):
-            return None
-        if value.ndim < 2:
-            if self.params is None:
-                return None
-            raise ValueError(
-                f"LoRAWeight(params={self.params}) names '{'/'.join((*path, name))}', which has "
-                f"shape {value.shape}: a low-rank change needs two axes or more. Leave it out."
-            )
-        layer = find_layer(call.module)
-        if layer is None or layer.param != name:
-            return weight_change(
-                self.settings, call, name, value, weight_equation(value.ndim), None
-            )
-        return weight_change(self.settings, call, name, value, layer.equation(call), layer.kind)
-
-    def around(self, call: Call, proceed: Proceed) -> Any:
-        try:
-            y = proceed(call)
-        except NameInUseError as error:
-            raise ValueError(
-                f"{type(call.module).__name__} at '{call.path}' has a child or a parameter named "
-                "'lora' or 'lora_<parameter>', as its adapters are. Rename the module's own."
-            ) from error
-        if call.method == "__call__":
-            self._check_used(call)
-        return y
-
-    def _check_used(self, call: Call) -> None:
-        found = _kernels(call.module.variables.get("params", {}))
-        self._check_names(call, found)
-        if call.module.is_initializing() and not any(adapted for _, adapted in found):
-            raise ValueError(
-                f"LoRAWeight found nothing to adapt in {type(call.module).__name__} at "
-                f"'{call.path}': its parameters of two or more axes are "
-                f"{[path for path, _ in found]}. Wrap the module that reads the parameter, before "
-                "it is first used."
-            )
-
-    def _check_names(self, call: Call, found: list[tuple[str, bool]]) -> None:
-        base = call.module.scope.path
-        for entry in self.params or ():
-            paths = ["/".join((*base, path)) for path, _ in found]
-            if not any(path == entry or path.endswith("/" + entry) for path in paths):
-                close = difflib.get_close_matches(entry, [path for path, _ in found], 3, 0.0)
-                raise ValueError(
-                    f"LoRAWeight(params={self.params}): {entry!r} is no parameter of two or more "
-                    f"axes of {type(call.module).__name__} at '{call.path}'. Close names: {close}."
-                )
-
-
-def _kernels(params: Mapping[str, Any], prefix: str = "") -> list[tuple[str, bool]]:
-    """Paths of the parameters of two or more axes, and whether an adapter lies beside each."""
-    found: list[tuple[str, bool]] = []
-    adapted = any(is_adapter(name, value) for name, value in params.items())
-    for name, value in params.items():
-        if is_adapter(name, value):
-            continue
-        if isinstance(value, Mapping) and as_stored(value) is None:
-            found += _kernels(value, f"{prefix}{name}/")
-        elif len(weight_shape(meta.unbox(value))) >= 2:
-            found.append((prefix + name, adapted))
-    return found
-
-
-for _norm in NORMS:
-    special_call(_norm, around_norm)

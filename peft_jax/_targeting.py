@@ -17,8 +17,9 @@ from peft_jax._equation import experts_equation, parse_equation
 from peft_jax._first_values import first_values
 from peft_jax._interceptor import ModuleInterceptor
 from peft_jax._lora import LoRAConv, LoRADense, LoRADenseGeneral, LoRAEinsum, LoRAEmbed
-from peft_jax._lora_rules import AdapterRule, Settings, weight_change
+from peft_jax._lora_rules import AdapterRule
 from peft_jax._names import DEFAULT, TOKENS
+from peft_jax._placed import Settings, weight_change
 from peft_jax._registry import PRODUCTS, Call, Layer, find_layer, layer_type
 from peft_jax._rules import STORAGE, Proceed, Rule
 from peft_jax._spec_box import traced_boxes

@@ -22,7 +22,7 @@ from flax.typing import Array
 
 from peft_jax._equation import BATCH_IN_B, parse_equation
 from peft_jax._interceptor import ModuleInterceptor
-from peft_jax._lora_rules import adapter_fields
+from peft_jax._placed import adapter_fields
 from peft_jax._registry import Call, Layer, require_layer
 from peft_jax._rules import STORAGE, Proceed, Rule
 from peft_jax._specs import LoraSpec

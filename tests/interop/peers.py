@@ -86,7 +86,11 @@ class Peer:
         return self.output(model(**self.torch_inputs))
 
     def our_logits(self, module: nn.Module, params: Any) -> Any:
-        return self.output(module.apply({"params": params}, *self.inputs))
+        run = jax.jit(
+            lambda params: self.output(module.apply({"params": params}, *self.inputs)),
+            compiler_options={"xla_backend_optimization_level": 0},  # it compiles far sooner
+        )
+        return run(params)
 
 
 def shapes_of(module: nn.Module, inputs: tuple[Any, ...]) -> Flat:
@@ -131,16 +135,12 @@ def _adapter(value: np.ndarray, leaf: str, groups: int) -> np.ndarray:
     if value.ndim == 2:
         return value if leaf == "lora_tokens/rows" else value.T
     if leaf == "lora/a":
-        rows = zip(np.split(value, groups), np.split(value, groups, axis=1), strict=True)
-        width, rank = value.shape[1] // groups, value.shape[0] // groups
-        parts = [value[i * rank : (i + 1) * rank, i * width : (i + 1) * width] for i, _ in enumerate(rows)]
-        return np.moveaxis(np.concatenate(parts), (0, 1), (-1, -2))
-    blocks = np.split(value.reshape(value.shape[:2]), groups)  # (out / groups, r / groups)
-    rank, width = blocks[0].shape[1], blocks[0].shape[0]
-    b = np.zeros((groups * rank, groups * width), value.dtype)
-    for i, block in enumerate(blocks):
-        b[i * rank : (i + 1) * rank, i * width : (i + 1) * width] = block.T
-    return b
+        rows = np.split(value, groups)  # each group's part of the rank reads its own inputs
+        own = [np.split(row, groups, axis=1)[i] for i, row in enumerate(rows)]
+        return np.moveaxis(np.concatenate(own), (0, 1), (-1, -2))
+    blocks = np.split(value.reshape(value.shape[:2]).T, groups, axis=1)
+    zero = np.zeros_like(blocks[0])
+    return np.block([[x if i == j else zero for j in range(groups)] for i, x in enumerate(blocks)])
 
 
 def flax_leaf(peer: Peer, name: str) -> str | None:
@@ -277,7 +277,7 @@ def gpt2_peer(**settings: Any) -> Peer:
     config = hf.GPT2Config(vocab_size=VOCAB, attn_implementation="eager", **fields)
     return Peer(
         lambda: hf.GPT2LMHeadModel(config),
-        hf.FlaxGPT2LMHeadModel(config, _do_init=False, input_shape=(1, LENGTH)).module,
+        hf.FlaxGPT2LMHeadModel.module_class(config),
         (IDS, MASK, POSITIONS),
         {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)},
         settings={"fan_in_fan_out": True},
@@ -288,7 +288,7 @@ def bert_peer() -> Peer:
     config = hf.BertConfig(**_SIZES)
     return Peer(
         lambda: hf.BertForMaskedLM(config),
-        hf.FlaxBertForMaskedLM(config, _do_init=False, input_shape=(1, LENGTH)).module,
+        hf.FlaxBertForMaskedLM.module_class(config),
         (IDS, MASK, np.zeros_like(IDS), POSITIONS, np.ones((LAYERS, HEADS), np.float32)),
         {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)},
     )
@@ -298,7 +298,7 @@ def llama_peer() -> Peer:
     config = hf.LlamaConfig(**_SIZES)
     return Peer(
         lambda: hf.LlamaForCausalLM(config),
-        hf.FlaxLlamaForCausalLM(config, _do_init=False, input_shape=(1, LENGTH)).module,
+        hf.FlaxLlamaForCausalLM.module_class(config),
         (IDS, MASK, POSITIONS),
         {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)},
     )

@@ -4,7 +4,10 @@ Signs of singular vectors are free, so what is compared is the product of the fa
 that is left. Torch keeps outputs first; see test_peft_torch.
 """
 
+import dataclasses
 import math
+import sys
+import types
 from typing import Any
 
 import jax
@@ -97,7 +100,10 @@ def test_factors_of_pissa_are_as_long() -> None:
 
 
 @pytest.mark.parametrize("corda_method", ["ipm", "kpm"])
-def test_corda_is_the_same(corda_method: str) -> None:
+def test_corda_is_the_same(corda_method: str, monkeypatch: Any) -> None:
+    # It imports `attr` for this alone, without depending on it.
+    stand_in = types.SimpleNamespace(dataclass=dataclasses.dataclass)
+    monkeypatch.setitem(sys.modules, "attr", stand_in)
     from peft.tuners.lora.corda import preprocess_corda
 
     rng = np.random.default_rng(1)
@@ -159,7 +165,7 @@ def test_loftq_takes_the_same_turns(method: str, iterations: int, monkeypatch: A
     monkeypatch.setattr(loftq_utils, "NFQuantizer", Quantizer)
     monkeypatch.setattr(loftq_utils, "is_bnb_available", lambda: True)
     monkeypatch.setattr(loftq_utils, "is_bnb_4bit_available", lambda: False)
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     kernel = np.random.default_rng(0).normal(size=(IN, 96)).astype(np.float32)
     base, lora_a, lora_b = loftq_utils.loftq_init(
         torch.from_numpy(kernel.T.copy()), 4, RANK, iterations
@@ -201,37 +207,23 @@ def test_random_numbers_of_tables_have_the_same_range(method: bool | str) -> Non
 
 
 def test_trained_adapters_become_the_same_plain_ones() -> None:
-    model = adapted(linear(), "pissa")
-    initial = {name: read(p) for name, p in model.named_parameters() if "lora_" in name}
-    rng = np.random.default_rng(2)
-    trained = {
-        name.replace(".default", ""): torch.from_numpy(
-            (value + 0.1 * rng.normal(size=value.shape)).astype(np.float32)
-        )
-        for name, value in initial.items()
-    }
-    # `peft` looks the initial values up under a name of their own.
-    model.add_adapter("pissa_init", model.peft_config["default"])
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "pissa_init" in name:
-                p.copy_(torch.from_numpy(initial[name.replace("pissa_init", "default")]))
-    state = {name.removeprefix("base_model.model."): value for name, value in trained.items()}
-    plain = model.base_model.subtract_mutated_init(
-        {f"base_model.model.{name}": value for name, value in state.items()}, "pissa_init"
+    settings = hf_peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=["layer"], init_lora_weights="pissa"
     )
+    model = hf_peft.get_peft_model(model_of(linear()), settings, adapter_name="pissa_init")
+    layer = model.base_model.model.layer
+    initial = [read(factors["pissa_init"].weight) for factors in (layer.lora_A, layer.lora_B)]
+    rng = np.random.default_rng(2)
+    trained = [(x + rng.normal(size=x.shape)).astype(np.float32) for x in initial]
+    names = [f"base_model.model.layer.lora_{name}.weight" for name in "AB"]
+    state = dict(zip(names, map(torch.from_numpy, trained), strict=True))
+    plain = model.base_model.subtract_mutated_init(state, "pissa_init", {})
 
-    def tree(values: dict[str, Any]) -> dict[str, Any]:
-        (a,) = (np.asarray(value) for name, value in values.items() if "lora_A" in name)
-        (b,) = (np.asarray(value) for name, value in values.items() if "lora_B" in name)
+    def tree(a: Array, b: Array) -> dict[str, Any]:
         return {"lora": {"a": jnp.asarray(a.T), "b": jnp.asarray(b.T)}}
 
-    expected = tree({name: value.numpy() for name, value in plain.items()})
-    found, specs = subtract_mutated_init(
-        tree(initial),
-        tree({name: value.numpy() for name, value in trained.items()}),
-        {"lora": SPEC},
-    )
+    found, specs = subtract_mutated_init(tree(*initial), tree(*trained), {"lora": SPEC})
+    expected = tree(*map(read, plain.values()))
     for name in "ab":
         np.testing.assert_array_equal(found["lora"][name], expected["lora"][name])
     assert (specs["lora"].rank, specs["lora"].alpha) == (2 * RANK, 2 * ALPHA)
