@@ -27,7 +27,7 @@ from peft_jax._equation import (
     parse_equation,
 )
 from peft_jax._low_rank import delta, low_rank_product
-from peft_jax._magnitude import adapted_norms, along, decomposed_change, gains, norms
+from peft_jax._magnitude import adapted_norms, decomposed_change, gains, norms
 from peft_jax._rules import Untouched
 from peft_jax._spec_box import boxed
 from peft_jax._specs import LoraSpec
@@ -120,7 +120,6 @@ class LoRAAdapter(nn.Module, Untouched):
         """What the arrays do not say."""
         default = "".join(c for c in layer.kernel if c not in low_rank.a)
         bias = self.adapts if self.kind == "embed" else "bias"
-        told = not (self.use_dora or self.lora_bias) or layer.kept == default
         return LoraSpec(
             self.adapts,
             low_rank.delta,
@@ -128,7 +127,7 @@ class LoRAAdapter(nn.Module, Untouched):
             self.scaling,
             self.alpha,
             variant="dora" if self.use_dora else "lora",
-            outputs=None if told else layer.kept,
+            outputs=None if layer.kept == default else layer.kept,
             bias=bias if self.lora_bias else None,
             kind=self.kind,
         )
@@ -210,28 +209,13 @@ class LoRAAdapter(nn.Module, Untouched):
         shape: Sequence[int],
         *,
         deterministic: bool | None = None,
-        gain: Array | None = None,
         batch_in_b: bool = False,
     ) -> Array:
-        """``gain * scaling * x·a·b`` for a layer ``einsum(equation, x, kernel)``."""
+        """``scaling * x·a·b`` for a layer ``einsum(equation, x, kernel)``."""
         a, b, low_rank = self.arrays(equation, shape, batch_in_b=batch_in_b)
-        layer = parse_equation(equation)
-        in_b = set(layer.kept) <= set(low_rank.b)
         x, a, b = promote_dtype(self.dropped(x, deterministic), a, b, dtype=self.dtype)
-        # Factors go to `b`, which is smaller than the product.
-        b = self.gained(b, gain if in_b else None, layer.kept, low_rank.b)
-        y = low_rank_product(x, a, b, low_rank.first, low_rank.second, precision=self.precision)
-        if gain is None or in_b:
-            return y
-        return y * along(gain, layer.kept, layer.output_axes(y.ndim)).astype(y.dtype)
-
-    @nn.nowrap
-    def gained(self, array: Array, gain: Array | None, kept: str, letters: str) -> Array:
-        """The array times the scaling and the gain of each output, in its own dtype."""
-        array = self.scaled(array)
-        if gain is None:
-            return array
-        return array * along(gain, kept, letters).astype(array.dtype)
+        b = self.scaled(b)  # smaller than the product
+        return low_rank_product(x, a, b, low_rank.first, low_rank.second, precision=self.precision)
 
     @nn.nowrap
     def dropped(self, x: Array, deterministic: bool | None) -> Array:
@@ -301,13 +285,11 @@ class LoRADenseAdapter(LoRAAdapter):
     features: int | None = None
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
-    ) -> Array:
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps ``(..., in)`` to ``(..., out)``."""
         width = inputs.shape[-1]
         shape = (width, width if self.features is None else self.features)
-        return self.product(inputs, DENSE, shape, deterministic=deterministic, gain=gain)
+        return self.product(inputs, DENSE, shape, deterministic=deterministic)
 
 
 class LoRAEinsumAdapter(LoRAAdapter):
@@ -332,13 +314,9 @@ class LoRAEinsumAdapter(LoRAAdapter):
         super().__post_init__()
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
-    ) -> Array:
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps an input to an output of ``einsum_str``."""
-        return self.product(
-            inputs, self.einsum_str, self.shape, deterministic=deterministic, gain=gain
-        )
+        return self.product(inputs, self.einsum_str, self.shape, deterministic=deterministic)
 
 
 class LoRADenseGeneralAdapter(LoRAAdapter):
@@ -357,18 +335,14 @@ class LoRADenseGeneralAdapter(LoRAAdapter):
     batch_dims: int | Sequence[int] = ()
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
-    ) -> Array:
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps the input to an output of ``nn.DenseGeneral``."""
         features = as_tuple(self.features)
         equation = dense_general_equation(inputs.ndim, self.axis, self.batch_dims, len(features))
         layer = parse_equation(equation)
         sizes = dict(zip(layer.inputs, inputs.shape, strict=True))
         shape = tuple(sizes[c] for c in layer.kernel if c in sizes) + features
-        return self.product(
-            inputs, equation, shape, deterministic=deterministic, gain=gain, batch_in_b=True
-        )
+        return self.product(inputs, equation, shape, deterministic=deterministic, batch_in_b=True)
 
 
 class LoRAConvAdapter(LoRAAdapter):
@@ -393,16 +367,14 @@ class LoRAConvAdapter(LoRAAdapter):
     transpose: bool = False
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
-    ) -> Array:
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps ``(*batch, *places, in)`` to ``(*batch, *places, out)``."""
         groups = self.feature_group_count
         window = as_tuple(self.kernel_size)
         shape = (*window, inputs.shape[-1] // groups, self.features)
         a, b, _ = self.arrays(conv_equation(len(window)), shape)
         x, a, b = promote_dtype(self.dropped(inputs, deterministic), a, b, dtype=self.dtype)
-        b = self.gained(b, gain, "o", "ro")
+        b = self.scaled(b)
         hidden = self.hidden(x, a)
         if groups == 1:
             return jnp.einsum("...r,ro->...o", hidden, b, precision=self.precision)
@@ -461,28 +433,22 @@ class LoRAEmbedAdapter(LoRAAdapter):
     features: int
 
     @nn.compact
-    def __call__(
-        self, inputs: Array, deterministic: bool | None = None, gain: Array | None = None
-    ) -> Array:
+    def __call__(self, inputs: Array, deterministic: bool | None = None) -> Array:
         """Maps indices ``(...)`` to ``(..., features)``."""
         a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
         a, b = promote_dtype(a, b, dtype=self.dtype)
         if self.num_embeddings == 1:  # nn.Embed ignores the indices then
             inputs = jnp.zeros_like(inputs)
         rows = self.dropped(jnp.take(a, inputs, axis=0), deterministic)
-        b = self.gained(b, gain, "f", "rf")
-        return jnp.einsum("...r,rf->...f", rows, b, precision=self.precision)
+        return jnp.einsum("...r,rf->...f", rows, self.scaled(b), precision=self.precision)
 
     @nn.compact
-    def attend(
-        self, query: Array, deterministic: bool | None = None, gain: Array | None = None
-    ) -> Array:
+    def attend(self, query: Array, deterministic: bool | None = None) -> Array:
         """Maps ``(..., features)`` to ``(..., vocab)``, the product with ``(a·b)ᵀ``."""
         a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
         query, a, b = promote_dtype(self.dropped(query, deterministic), a, b, dtype=self.dtype)
-        b = self.gained(b, gain, "f", "rf")
         return low_rank_product(
-            query, b, a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
+            query, self.scaled(b), a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
         )
 
 

@@ -17,7 +17,7 @@ from peft_jax._adapters import (
 )
 from peft_jax._einsum import widest
 from peft_jax._equation import parse_equation
-from peft_jax._low_rank import add_once
+from peft_jax._low_rank import add_once, scaled_along
 from peft_jax._magnitude import along
 from peft_jax._names import DEFAULT
 from peft_jax._placed import (
@@ -99,87 +99,100 @@ class LoRARule(AdapterRule):
 
 
 def _run_beside(rules: list[LoRARule], proceed: Proceed, call: Call) -> Any:
-    """A layer with adapters: ``y + sum((g - 1) * x·W) + sum(g * scaling * x·a·b) + biases``.
-
-    ``g`` is the gain of an adapter with a magnitude, and 1 for others.
-    """
+    """A layer with adapters, of which each adds what it would make of the layer by itself."""
     layer = require_layer(call.module, f"{rules[0].wrapper} adapts")
     if call.method not in layer.methods:
         return proceed(call)
-    rules, all_rules = [rule for rule in rules if not rule.at_weight(call)], rules
-    transposed = call.method == "attend"  # the table's outputs are what comes in
-    gains = _gains(rules, call, layer) if transposed else []
-    inner = _with_gained_query(call, gains) if transposed else call
-    y = proceed(inner)
-    if (rules or any(rule.settings.lora_bias for rule in all_rules)) and not isinstance(
-        y, jax.Array
-    ):
+    beside = [rule for rule in rules if not rule.at_weight(call)]
+    if call.method == "attend":
+        total = _attended(beside, proceed, call, layer)
+    else:
+        total = _added(beside, proceed, call, layer)
+    for rule in rules:
+        if rule.settings.lora_bias:
+            total = total + _shift(rule, call, layer, _array(total, call))
+    return total
+
+
+def _added(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer) -> Any:
+    """``y + sum(D)``, and for gains ``g``: ``sum(g * (y + D) + (1 - g) * bias) - (k - 1) * y``.
+
+    ``D = scaling * x·a·b``, and ``y = x·W + bias``. One product with each gain, of a sum: its
+    derivatives then need one array of the size of ``y``.
+    """
+    y = proceed(call)
+    if not rules:
+        return y
+    total, gained = _array(y, call), []
+    for rule in rules:
+        delta = _delta(rule, call, layer, y, layer.input(call))
+        if rule.settings.use_dora:
+            gained.append(_gained(call, layer, y + delta, _gain(rule, call, layer)))
+        else:
+            total = total + delta
+    if not gained:
+        return total
+    if len(gained) == len(rules) == 1:
+        return gained[0]
+    return functools.reduce(operator.add, [g - y for g in gained], total)
+
+
+def _gained(call: Call, layer: Layer, z: Array, gain: Array) -> Array:
+    """``g * (z - bias) + bias``, for the output ``z`` of the layer and its adapter."""
+    equation, dtype = parse_equation(layer.equation(call)), widest(z.dtype)
+    axes = equation.output_axes(z.ndim)
+    total = scaled_along(z.astype(dtype), gain.astype(dtype), axes, equation.kept)
+    bias = meta.unbox(call.module.get_variable("params", "bias"))
+    if bias is not None:
+        total = total + along((1 - gain) * bias.astype(dtype), equation.kept, axes)
+    return total.astype(z.dtype)
+
+
+def _attended(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer) -> Any:
+    """The product with a table, whose outputs are what comes in: gains act on the query."""
+    name = embed_input(call)
+    query = call.argument(0, name)
+    queries, surplus = [], None
+    for rule in rules:
+        queries.append(query)
+        if rule.settings.use_dora:
+            gain = along(_gain(rule, call, layer), "f", "." * (query.ndim - 1) + "f")
+            queries[-1] = query * gain.astype(query.dtype)
+            surplus = gain - 1 if surplus is None else surplus + gain - 1
+    if surplus is not None:
+        call_with = query * (1 + surplus).astype(query.dtype)
+        y = proceed(call.with_argument(0, name, call_with))
+    else:
+        y = proceed(call)
+    for rule, scaled in zip(rules, queries, strict=True):
+        y = y + _delta(rule, call, layer, _array(y, call), scaled)
+    return y
+
+
+def _array(y: Any, call: Call) -> Array:
+    if not isinstance(y, jax.Array):
         raise ValueError(
             f"An adapter adds to the output of a layer, an array, but "
             f"{type(call.module).__name__} at '{call.path}' returned {type(y).__name__}. Adapt "
             "it at the weight, by `peft.LoRAWeight`."
         )
-    if not transposed:
-        gains = _gains(rules, call, layer)
-        y = _gained(call, layer, y, gains)
-    total = y
-    for rule, gain in zip(rules, gains, strict=True):
-        total = total + _delta(rule, call, layer, y, gain)
-    for rule in all_rules:
-        if rule.settings.lora_bias:
-            total = total + _shift(rule, call, layer, y)
-    return total
+    return y
 
 
-def _gains(rules: list[LoRARule], call: Call, layer: Layer) -> list[Array | None]:
-    """For each adapter with a magnitude, its gain of each output."""
-    if call.adapted and any(rule.settings.use_dora for rule in rules):
+def _gain(rule: LoRARule, call: Call, layer: Layer) -> Array:
+    """The gain of each output, of an adapter with a magnitude."""
+    if call.adapted:
         raise ValueError(
             f"The layer at '{call.path}' has an adapter with a magnitude (use_dora) beside it and "
             "another at its weight, from which the norm could not be told. Adapt both at the "
             "weight, by `peft.LoRAWeight`."
         )
     assert call.weight is not None
-    return [
-        rule.adapter(call, layer, None).gain(call.weight(), layer.equation(call))
-        if rule.settings.use_dora
-        else None
-        for rule in rules
-    ]
+    return rule.adapter(call, layer, None).gain(call.weight(), layer.equation(call))
 
 
-def _surplus(gains: list[Array | None]) -> Array | None:
-    """``sum(g - 1)``: how much more of ``x·W`` there is; None: nothing."""
-    terms = [gain - 1 for gain in gains if gain is not None]
-    return functools.reduce(operator.add, terms) if terms else None
-
-
-def _with_gained_query(call: Call, gains: list[Array | None]) -> Call:
-    surplus, name = _surplus(gains), embed_input(call)
-    if surplus is None:
-        return call
-    query = call.argument(0, name)
-    factor = along(1 + surplus, "f", "." * (query.ndim - 1) + "f")
-    return call.with_argument(0, name, query * factor.astype(query.dtype))
-
-
-def _gained(call: Call, layer: Layer, y: Array, gains: list[Array | None]) -> Array:
-    """``y + sum((g - 1) * x·W)`` for the output ``y = x·W + bias`` of a layer."""
-    surplus = _surplus(gains)
-    if surplus is None:
-        return y
-    equation = parse_equation(layer.equation(call))
-    axes, dtype = equation.output_axes(y.ndim), widest(y.dtype)
-    total = y.astype(dtype) * along(1 + surplus, equation.kept, axes)
-    bias = meta.unbox(call.module.get_variable("params", "bias"))
-    if bias is not None:
-        total = total - along(surplus * bias, equation.kept, axes)
-    return total.astype(y.dtype)
-
-
-def _delta(rule: LoRARule, call: Call, layer: Layer, y: Array, gain: Array | None) -> Array:
-    method = getattr(rule.adapter(call, layer, y.dtype), call.method)
-    delta = method(layer.input(call), gain=gain)
+def _delta(rule: LoRARule, call: Call, layer: Layer, y: Array, x: Array) -> Array:
+    delta = getattr(rule.adapter(call, layer, y.dtype), call.method)(x)
     if delta.shape != y.shape:
         raise ValueError(
             f"The layer at '{call.path}' returned shape {y.shape}, but by its equation "

@@ -66,14 +66,49 @@ def _product(x: Array, weight: Array, equation: str, precision: Precision) -> Ar
     return _contract_p.bind(x, weight, equation=letters, precision=precision)
 
 
+def scaled_along(x: Array, factors: Array, axes: str, letters: str) -> Array:
+    """Multiply `x` by factors that lie along some of its axes.
+
+    On CPU, XLA would compute the cotangent of `x` once more inside the sum that is the gradient of
+    the factors, with all that led to it; there it is computed first.
+
+    Args:
+        x: An array.
+        factors: Of the dtype of `x`.
+        axes: A letter, or a dot, for each axis of `x`.
+        letters: Of the axes of `factors`, each an axis of `x`.
+
+    Returns:
+        An array like `x`.
+    """
+    names = _named(axes)
+    if is_laid_out(x) or is_laid_out(factors):
+        return x * _broadcast(factors, letters, names)
+    return _contract_p.bind(x, factors, equation=f"{names},{letters}->{names}", precision=None)
+
+
+def _named(axes: str) -> str:
+    """Axes with a letter in the place of each dot."""
+    free = iter(letter for letter in string.ascii_letters if letter not in axes)
+    return "".join(next(free) if axis == "." else axis for axis in axes)
+
+
+def _broadcast(values: Array, letters: str, axes: str) -> Array:
+    """Values with axes named by `letters`, to be multiplied with an array that has these `axes`."""
+    values = values.transpose([letters.index(axis) for axis in axes if axis in letters])
+    return jax.lax.expand_dims(values, [i for i, axis in enumerate(axes) if axis not in letters])
+
+
 # --- A contraction that is lowered by platform ---------------------------------------------------
 # A primitive rather than `jax.lax.platform_dependent`: reverse mode through the latter carries the
 # residuals of every branch, zeros for those not taken, and leaves a `case` in every program.
 
 
 def _contract(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
-    """`einsum(equation, lhs, rhs)` as one `dot_general`."""
+    """`einsum(equation, lhs, rhs)` as one `dot_general`, or as a plain multiplication."""
     left, right, out = split_terms(equation)
+    if _is_scaling(equation) or set(left) == set(right):
+        return _multiplied(lhs, rhs, equation)
     both = [letter for letter in left if letter in right]
     batch = [letter for letter in both if letter in out]
     summed = [letter for letter in both if letter not in out]
@@ -90,9 +125,29 @@ def _contract(lhs: Array, rhs: Array, *, equation: str, precision: Precision) ->
     return jax.lax.transpose(product, [order.index(i) for i in out])
 
 
+def _is_scaling(equation: str) -> bool:
+    """Whether one operand has all letters of the output, and nothing is summed."""
+    left, right, out = map(set, split_terms(equation))
+    return out in (left, right) and left | right == out
+
+
+def _multiplied(lhs: Array, rhs: Array, equation: str) -> Array:
+    """A contraction in which one operand has all letters that there are."""
+    left, right, out = split_terms(equation)
+    axes = left if set(right) <= set(left) else right
+    product = _broadcast(lhs, left, axes) * _broadcast(rhs, right, axes)
+    summed = jnp.sum(product, [i for i, letter in enumerate(axes) if letter not in out])
+    kept = [letter for letter in axes if letter in out]
+    return summed.transpose([kept.index(letter) for letter in out])
+
+
 def _contract_on_cpu(lhs: Array, rhs: Array, *, equation: str, precision: Precision) -> Array:
     """The same, with neighbouring axes merged and the narrower operand first."""
     left, right, out = split_terms(equation)
+    if set(left) == set(right):  # the gradient of factors; see `scaled_along`
+        return _multiplied(lhs, jax.lax.optimization_barrier(rhs), equation)
+    if _is_scaling(equation):
+        return _multiplied(lhs, rhs, equation)
     if set(left) & set(right) & set(out):
         # XLA's CPU compiler (jaxlib 0.10.2) aborts the process on some batched products whose
         # operands or result it lays out anew, so they stay as `einsum` has them.

@@ -27,16 +27,17 @@ def norms(weight: Array | Weight, letters: str, outputs: str) -> Array:
     Returns:
         An array in float32 or wider: the stack's axes, then the `outputs`.
     """
-    return jnp.sqrt(_squares(as_array(weight), letters, outputs))
+    array = as_array(weight)
+    return jnp.sqrt(_summed(jnp.square(array.astype(widest(array.dtype))), letters, outputs))
 
 
-def _squares(array: Array, letters: str, outputs: str) -> Array:
-    array = array.astype(widest(array.dtype))
+def _summed(array: Array, letters: str, outputs: str) -> Array:
+    """The sum over all axes that have letters but the `outputs`, in the order of those."""
     summed = tuple(i - len(letters) for i, c in enumerate(letters) if c not in outputs)
-    squares = jnp.sum(jnp.square(array), axis=summed)
+    array = jnp.sum(array, axis=summed)
     kept = [c for c in letters if c in outputs]
-    stack = squares.ndim - len(kept)
-    return squares.transpose((*range(stack), *(stack + kept.index(c) for c in outputs)))
+    stack = array.ndim - len(kept)
+    return array.transpose((*range(stack), *(stack + kept.index(c) for c in outputs)))
 
 
 def adapted_norms(
@@ -63,20 +64,19 @@ def adapted_norms(
     (rank,) = (set(left) & set(right)) - set(letters)
     a, b = (array.astype(widest(array.dtype)) for array in (a, b))
 
-    kept = "".join(c for c in letters if c not in left or c in right or c in outputs)
-    met = weight_einsum(f"{left},{letters}->{kept}{rank}", a, weight)
-    cross = jnp.einsum(f"{kept}{rank},{right}->{outputs}", met.astype(b.dtype), b)
+    kept = rank + "".join(c for c in letters if c not in left or c in right or c in outputs)
+    met = weight_einsum(f"{left},{letters}->{kept}", a, weight)
 
     other = next(c for c in _UNUSED if c not in delta)
-    shared = "".join(c for c in left if c != rank and (c in right or c in outputs))
+    shared = "".join(c for c in left if c != rank and c in kept)
     gram = jnp.einsum(f"{left},{left.replace(rank, other)}->{shared}{rank}{other}", a, a)
-    change = jnp.einsum(
-        f"{shared}{rank}{other},{right},{right.replace(rank, other)}->{outputs}", gram, b, b
-    )
-    squares = _squares(as_array(weight), letters, outputs)
-    total = squares + 2 * scaling * cross.astype(squares.dtype)
-    total = total + scaling**2 * change.astype(squares.dtype)
-    return jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(total), 0))
+    own = jnp.einsum(f"{shared}{rank}{other},{right.replace(rank, other)}->{kept}", gram, b)
+
+    # <2 s W + s^2 a·b, a·b>, what is left of a product with `a` times `b`.
+    terms = (2 * scaling * met.astype(own.dtype) + scaling**2 * own) * along(b, right, kept)
+    change = _summed(terms, kept, outputs)
+    squares = _summed(jnp.square(as_array(weight).astype(own.dtype)), letters, outputs)
+    return jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(squares + change), 0))
 
 
 _UNUSED = "qpszyxwvutQPSZYXWVUT"

@@ -97,8 +97,9 @@ def spec_changes(kernel: Array, adapter: Mapping[str, Array], spec: LoraSpec) ->
 def _rows_change(table: Array, rows: Array, spec: LoraSpec) -> Array:
     """``rows`` minus the table's own, at their places."""
     tokens, dtype = jnp.asarray(spec.tokens), widest(table.dtype, rows.dtype)
-    change = rows.astype(dtype) - table[tokens].astype(dtype)
-    return jnp.zeros(table.shape, dtype).at[tokens].set(change)
+    table, rows = (stack_first(array, spec.stack_axes).astype(dtype) for array in (table, rows))
+    change = jnp.zeros_like(table).at[..., tokens, :].set(rows - table[..., tokens, :])
+    return stack_back(change, spec.stack_axes)
 
 
 def spec_norms(kernel: Array, spec: LoraSpec, a: Array | None = None, b: Any = None) -> Array:

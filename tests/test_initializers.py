@@ -122,6 +122,11 @@ def covariances(specs, base):
     return {path: one(path, spec) for path, spec in specs.items()}
 
 
+def begun(base, specs, key=KEY, **given):
+    """`init_lora_weights` as one program, which compiles faster than its parts."""
+    return compiled(lambda base, key: init_lora_weights(base, specs, key, **given))(base, key)
+
+
 def start(case, method, base=None, **given):
     if method in ("eva", "corda"):
         given = {"statistics": case.statistics, **given}
@@ -219,9 +224,9 @@ def test_one_rounding_in_bfloat16(name):
 # --- What each method draws or takes -------------------------------------------------------------
 
 
-def big(kind="dense", rank=8):
-    equation = {"dense": "ir,ro->io", "embed": "vr,rf->vf"}[kind]
-    return {"lora": LoraSpec("kernel", equation, rank, kind=kind)}, {"kernel": numbers(256, 200)}
+def big(kind="dense"):
+    specs = {"lora": LoraSpec("kernel", "ir,ro->io", 8, kind=kind)}
+    return specs, {"kernel": numbers(256, 200)}
 
 
 @pytest.mark.parametrize("kind", ["dense", "embed"])
@@ -255,30 +260,30 @@ def test_draws_depend_on_the_key_and_the_path_alone():
     one = {"kernel": numbers(4, 5)}
     spec = LoraSpec("kernel", "ir,ro->io", 2)
     both = {"x/lora": spec, "y/lora": spec}
-    first = init_lora_weights({"x": one, "y": one}, both, KEY).lora
-    alone = init_lora_weights({"y": one}, {"y/lora": spec}, KEY).lora
+    first = begun({"x": one, "y": one}, both).lora
+    alone = begun({"y": one}, {"y/lora": spec}).lora
     chex.assert_trees_all_equal(first["y"], alone["y"])
     assert np.any(first["x"]["lora"]["a"] != first["y"]["lora"]["a"])
-    other = init_lora_weights({"y": one}, {"y/lora": spec}, key_of(1)).lora
+    other = begun({"y": one}, {"y/lora": spec}, key_of(1)).lora
     assert np.any(other["y"]["lora"]["a"] != alone["y"]["lora"]["a"])
 
 
 def test_layers_of_a_stack_and_indices_of_a_batch_draw_apart():
     specs = {"lora": LoraSpec("kernel", "...gir,...gro->...gio", 2)}
-    a = init_lora_weights({"kernel": numbers(3, 2, 4, 5)}, specs, KEY).lora["lora"]["a"]
+    a = begun({"kernel": numbers(3, 2, 4, 5)}, specs).lora["lora"]["a"]
     assert a.shape == (3, 2, 4, 2)
     assert len(np.unique(a)) == a.size
 
 
 def test_batch_axes_do_not_count_as_inputs_where_the_spec_tells_them():
     spec = LoraSpec("kernel", "nir,ro->nio", 2, outputs="no")
-    a = init_lora_weights({"kernel": numbers(50, 4, 5)}, {"lora": spec}, KEY).lora["lora"]["a"]
+    a = begun({"kernel": numbers(50, 4, 5)}, {"lora": spec}).lora["lora"]["a"]
     assert 0.45 < np.abs(a).max() <= 0.5
 
 
 def test_pissa_leaves_the_small_singular_values():
     specs, base = big()
-    new = init_lora_weights(base, specs, KEY, method="pissa").base["kernel"]
+    new = begun(base, specs, method="pissa").base["kernel"]
     before, after = (np.linalg.svd(w, compute_uv=False) for w in (base["kernel"], new))
     np.testing.assert_allclose(after[:192], before[8:], rtol=1e-4)
     np.testing.assert_allclose(after[192:], 0, atol=1e-3)
@@ -304,7 +309,7 @@ def fused_change(lora):
 
 def test_olora_gives_orthonormal_rows_of_b():
     specs, base = big()
-    b = init_lora_weights(base, specs, KEY, method="olora").lora["lora"]["b"]
+    b = begun(base, specs, method="olora").lora["lora"]["b"]
     np.testing.assert_allclose(b @ b.T, np.eye(8), atol=1e-5)
 
 
@@ -323,7 +328,8 @@ def test_eva_takes_the_first_components():
 def test_corda_takes_the_first_or_the_last_directions(corda_method):
     case = case_of(LAYERS["dense"])
     config = CordaConfig(corda_method=corda_method)
-    change = case.specs["lora"].scaling * fused_change(start(case, "corda", config=config).lora)
+    found = begun(case.base, case.specs, method="corda", config=config, statistics=case.statistics)
+    change = case.specs["lora"].scaling * fused_change(found.lora)
     w, c = np.asarray(case.base["kernel"], np.float64), np.asarray(case.statistics["lora"])
     c = c + 0.01 * np.mean(np.diag(c)) * np.eye(4)
     u, s, v = np.linalg.svd(w.T @ c, full_matrices=False)
@@ -333,11 +339,13 @@ def test_corda_takes_the_first_or_the_last_directions(corda_method):
 
 
 def test_corda_damps_a_covariance_until_it_has_an_inverse():
-    """Rank one and of large numbers: the first damping leaves an error above the bound."""
+    """What the first damping, 0.01 of the mean, makes singular, the second does not."""
     case = case_of(LAYERS["dense"])
-    direction = numbers(4, 1)
-    singular = {"lora": direction @ direction.T * 1e6}
-    close(fused(case, start(case, "corda", statistics=singular)), case.base)
+    turn = np.linalg.qr(numbers(4, 4))[0]
+    covariance = {"lora": turn @ np.diag(np.float32([1, 1, 2.01, -0.01])) @ turn.T}
+    found = begun(case.base, case.specs, method="corda", statistics=covariance)
+    assert np.abs(found.base["kernel"]).max() < 10
+    close(fused(case, found), case.base)
 
 
 # --- LoftQ ---------------------------------------------------------------------------------------
@@ -473,6 +481,27 @@ def test_biases_are_those_of_the_trained_adapter():
     assert specs["lora"].alpha is None
 
 
+TOKENS = LoraSpec("embedding", "vr,rf->vf", 2, variant="tokens", tokens=(5, 1))
+TABLE = LoraSpec("embedding", "vr,rf->vf", 2)
+
+
+def test_rows_of_trained_tokens_are_those_of_the_base():
+    base = {"embedding": nn.Partitioned(numbers(7, 6), ("vocab", "out"))}
+    specs = {"lora_tokens": TOKENS, "lora": TABLE}
+    new, lora = init_lora_weights(base, specs, KEY, method="pissa")
+    rows = lora["lora_tokens"]["rows"]
+    np.testing.assert_array_equal(rows.value, new["embedding"].value[jnp.asarray([5, 1])])
+    assert rows.names == (None, "out")
+    total = peft.fuse_params(meta.unbox(peft.merge_params(new, lora)), specs=specs)
+    close(total, meta.unbox(base))
+    with pytest.raises(ValueError, match=r"\['lora'\] adapt a table of which single rows"):
+        subtract_mutated_init(lora, lora, specs)
+    alone = {"lora_tokens": lora["lora_tokens"]}
+    plain, kept = subtract_mutated_init(alone, alone, {"lora_tokens": TOKENS})
+    assert plain["lora_tokens"]["rows"] is rows
+    assert kept == {"lora_tokens": TOKENS}
+
+
 # --- Trees, places and programs ------------------------------------------------------------------
 
 
@@ -521,7 +550,7 @@ def test_boxes_carry_over(equation, method):
         "kernel", equation, 2, variant="dora", outputs=outputs, bias="bias", stack_axes=stack
     )
     base = {"kernel": nn.Partitioned(numbers(*shape), names), "bias": numbers(8)}
-    new, lora = init_lora_weights(base, {"lora": spec}, KEY, method=method)
+    new, lora = begun(base, {"lora": spec}, method=method)
     assert new["kernel"].names == names
     assert lora["lora"]["a"].names == of_a
     assert lora["lora"]["b"].names == of_b
@@ -541,7 +570,6 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
         ("pissa", AUTO),
         ("pissa", EXPLICIT),
         ("pissa_niter_2", EXPLICIT),
-        ("corda", EXPLICIT),
         ("loftq", EXPLICIT),
         ("stored", AUTO),
         ("stored", EXPLICIT),
@@ -700,6 +728,14 @@ REFUSED = {
     "a whole collection": (
         {"base": {"params": BASE}},
         "which the base lacks. Pass variables['params'], without the name of the collection.",
+    ),
+    "rows that are not there": (
+        {"specs": {"x/lora_tokens": dataclasses.replace(TOKENS, param="kernel", tokens=(6, 0))}},
+        "the spec of 'x/lora_tokens' trains the rows [6], and the table has rows 0 to 5",
+    ),
+    "no path of an adapter": (
+        {"specs": {"x/adapter": SPEC}},
+        "'x/adapter' is no path of an adapter ('x/lora' is one)",
     ),
     "another layout": (
         {"specs": altered(equation="nir,ro->nio")},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -96,23 +98,28 @@ def _damped_inverse(covariance: Array) -> tuple[Array, Array]:
     identity = jnp.eye(len(covariance), dtype=covariance.dtype)
     variance = jnp.mean(jnp.diagonal(covariance))
 
-    def damped(doublings: Array | int) -> tuple[Array, Array, Array]:
-        matrix = covariance + _DAMPING * 2.0**doublings * variance * identity
+    def goes_on(state: _Damped) -> Array:
+        return ~(state.error < _INVERSE_ERROR) & (state.doublings < _DOUBLINGS)
+
+    def double(state: _Damped) -> _Damped:
+        matrix = covariance + _DAMPING * 2.0**state.doublings * variance * identity
         inverse = jnp.linalg.inv(matrix)
-        return matrix, inverse, jnp.linalg.norm(matrix @ inverse - identity)
+        error = jnp.linalg.norm(matrix @ inverse - identity)
+        return _Damped(state.doublings + 1, matrix, inverse, error)
 
-    def goes_on(state: tuple[Array, tuple[Array, Array, Array]]) -> Array:
-        doublings, (_, _, error) = state
-        return ~(error < _INVERSE_ERROR) & (doublings < _DOUBLINGS)
+    none = jnp.zeros((), covariance.dtype)
+    start = _Damped(none, covariance, covariance, none + jnp.inf)
+    found = jax.lax.while_loop(goes_on, double, start)
+    return found.matrix, jnp.where(found.error < _INVERSE_ERROR, found.inverse, jnp.nan)
 
-    def double(
-        state: tuple[Array, tuple[Array, Array, Array]],
-    ) -> tuple[Array, tuple[Array, Array, Array]]:
-        return state[0] + 1, damped(state[0] + 1)
 
-    first = (jnp.zeros((), covariance.dtype), damped(0))
-    _, (matrix, inverse, error) = jax.lax.while_loop(goes_on, double, first)
-    return matrix, jnp.where(error < _INVERSE_ERROR, inverse, jnp.nan)
+class _Damped(NamedTuple):
+    """A covariance after so many doublings of its damping, and how far its inverse is from one."""
+
+    doublings: Array
+    matrix: Array
+    inverse: Array
+    error: Array
 
 
 def _split(target: Target, u: Array, s: Array, v: Array) -> Start:

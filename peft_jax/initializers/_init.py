@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from peft_jax._names import is_adapter
 from peft_jax._params import Specs, split_params
 from peft_jax._specs import LoraSpec
-from peft_jax._stacked import spec_norms
+from peft_jax._stacked import spec_norms, stack_back, stack_first
 from peft_jax._stored_trees import with_stored
 from peft_jax._trees import Path, adapter_paths, is_branch, slashed
 from peft_jax.initializers._parameters import (
@@ -80,9 +81,10 @@ def init_lora_weights(
     is ``True`` or ``gaussian``, and with both normal for ``False``.
 
     The arrays are float32, laid out by the spec. ``bias`` is zero; the ``magnitude`` of DoRA is
-    the norm of the weight as given, which is that of the new base and its adapter together. Draws
-    depend on the key and the adapter's path alone. Ranks beyond ``min(in, out)`` are filled up with
-    zeros where a method decomposes.
+    the norm of the weight as given, which is that of the new base and its adapter together; rows
+    of trained tokens are those of the new base, whatever the method. Draws depend on the key and
+    the adapter's path alone. Ranks beyond ``min(in, out)`` are filled up with zeros where a method
+    decomposes.
 
     Args:
       base: parameters of the plain model, of any floating dtype; computed in float32, and rounded
@@ -113,10 +115,11 @@ def init_lora_weights(
     row, iterations = find_initializer(method)
     settings = settings_of(row, method, config)
     _check(base, specs, key)
-    known = _known(row, method, statistics, specs)
+    factored = {path: spec for path, spec in specs.items() if spec.variant != "tokens"}
+    known = _known(row, method, statistics, factored)
     weights = {
         path: adapted_parameter(base, path, spec, _CALLER, "the base")
-        for path, spec in specs.items()
+        for path, spec in factored.items()
     }
     if row.takes_weight:
         _check_weights(weights, method)
@@ -131,14 +134,18 @@ def init_lora_weights(
                 path, specs[path], weights[path], own, settings, known.get(path), iterations
             )
             start = row.start(target)
-            _check_finite(target, start, method)
+            if row.takes_weight or row.statistics:
+                _check_finite(target, start, method)
             if start.kernel is not None:
                 leaves[target.parameter.path] = target.parameter.replaced(start.kernel)
             if start.stored is not None:
                 stored[target.parameter.path] = start.stored
             adapters[tuple(path.split("/"))] = _arrays(target, start)
-    lora = split_params(with_leaves(base, leaves, adapters)).lora
-    return InitializedParams(with_stored(with_leaves(base, leaves, {}), stored), lora)
+    new = with_stored(with_leaves(base, leaves, {}), stored)
+    for path in specs.keys() - factored.keys():
+        adapters[tuple(path.split("/"))] = {"rows": _rows(new, path, specs[path])}
+    lora = split_params(with_leaves(base, {}, adapters)).lora
+    return InitializedParams(new, lora)
 
 
 def _arrays(target: Target, start: Start) -> dict[str, Any]:
@@ -155,6 +162,21 @@ def _arrays(target: Target, start: Start) -> dict[str, Any]:
         name: target.parameter.beside(array, view.places(letters))
         for name, (array, letters) in arrays.items()
     }
+
+
+def _rows(base: Any, path: str, spec: LoraSpec) -> Any:
+    """The rows of a table that are trained in place of its own: those that the base now holds."""
+    target = Target(path, spec, adapted_parameter(base, path, spec, _CALLER, "the base"))
+    view = target.view
+    table, axis = stack_first(target.weight, view.stack_axes), len(view.stack)
+    outside = [token for token in spec.tokens if not 0 <= token < table.shape[axis]]
+    if outside:
+        raise ValueError(
+            f"{_CALLER}: the spec of '{path}' trains the rows {outside[:5]}, and the table has "
+            f"rows 0 to {table.shape[axis] - 1}. Give the specs of this model."
+        )
+    rows = jnp.take(table, jnp.asarray(spec.tokens), axis).astype(jnp.float32)
+    return target.parameter.beside(stack_back(rows, view.stack_axes), view.places(spec.letters[1]))
 
 
 # --- What is refused -----------------------------------------------------------------------------
@@ -182,6 +204,13 @@ def _check(base: Any, specs: Any, key: Any) -> None:
             f"{_CALLER}: the specs are empty, so there is no adapter to start. Call "
             "`peft.lora_specs` of the adapted model, inside the interceptor if there is one."
         )
+    for path, spec in specs.items():
+        held = ("rows",) if spec.variant == "tokens" else ("a", "b")
+        if not is_adapter(path.split("/")[-1], dict.fromkeys(held, 0)):
+            raise ValueError(
+                f"{_CALLER}: '{path}' is no path of an adapter ('x/lora' is one), so that nothing "
+                "would read the arrays there. Take the specs from `peft.lora_specs`."
+            )
     dtype, shape = getattr(key, "dtype", None), jnp.shape(key)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and not shape
     if not typed and (dtype != jnp.uint32 or len(shape) != 1):

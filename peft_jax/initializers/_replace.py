@@ -36,8 +36,8 @@ def replace_lora_weights_loftq(
 
     For each adapter ``scaling * a·b`` becomes the best approximation of its rank of ``W - Q``,
     where ``Q`` is what the stored weight stands for. This is the first step of LoftQ
-    (https://arxiv.org/abs/2310.08659) for a base that stays as it is. ``magnitude`` and ``bias``
-    are kept.
+    (https://arxiv.org/abs/2310.08659) for a base that stays as it is. ``magnitude``, ``bias``
+    and trained rows are kept.
 
     Args:
       params: the merged tree: stored weights (`quantize_checkpoint`) and adapters.
@@ -56,8 +56,9 @@ def replace_lora_weights_loftq(
     """
     check_specs(params, specs, _CALLER)
     base, lora = split_params(params)
-    stored = {path: _stored(base, path, spec) for path, spec in specs.items()}
-    kept = {path: _kept(original, path, spec) for path, spec in specs.items()}
+    factored = {path: spec for path, spec in specs.items() if spec.variant != "tokens"}
+    stored = {path: _stored(base, path, spec) for path, spec in factored.items()}
+    kept = {path: _kept(original, path, spec) for path, spec in factored.items()}
     refuse_shared(stored, f"{_CALLER} corrects the weight")
     for path, weight in stored.items():
         if kept[path].shape != weight.shape:

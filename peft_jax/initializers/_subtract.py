@@ -16,7 +16,7 @@ from peft_jax._matrices import rank_letter
 from peft_jax._params import Specs, check_specs, split_params
 from peft_jax._specs import LoraSpec
 from peft_jax._stacked import stack_back, stack_first
-from peft_jax._trees import Layer, Path, map_layers
+from peft_jax._trees import Layer, Path, map_layers, slashed
 
 Array = jax.Array
 _CALLER = "subtract_mutated_init"
@@ -34,7 +34,8 @@ def subtract_mutated_init(initial: Any, trained: Any, specs: Specs) -> PlainLora
 
     The base was ``W - s·a_0·b_0``, so ``W + s·(a_t·b_t - a_0·b_0) = W + s·[a_t, a_0]·[b_t; -b_0]``:
     the rank doubles, and the scaling stays (alpha grows along with what it is divided by).
-    ``magnitude`` and ``bias`` are those of the trained adapter: neither was taken from the base.
+    ``magnitude``, ``bias`` and ``rows`` are those of the trained adapter: none was taken from the
+    base.
 
     Args:
       initial: the adapters as `init_lora_weights` made them.
@@ -64,14 +65,34 @@ def subtract_mutated_init(initial: Any, trained: Any, specs: Specs) -> PlainLora
     map_layers(initial, note)
 
     def subtract(path: Path, rest: Layer, adapters: Layer) -> Layer:
-        for name, adapter in adapters.items():
+        own = {name: specs["/".join((*path, name))] for name in adapters}
+        _check_rows(path, own)
+        for name, spec in own.items():
             where = "/".join((*path, name))
-            rest[name] = _subtracted(where, first[where], adapter, specs[where])
+            plain = spec.variant == "tokens"
+            rest[name] = (
+                adapters[name] if plain else _subtracted(where, first[where], adapters[name], spec)
+            )
         return rest
 
-    return PlainLora(
-        map_layers(trained, subtract), {path: _doubled(spec) for path, spec in specs.items()}
-    )
+    doubled = {
+        path: spec if spec.variant == "tokens" else _doubled(spec) for path, spec in specs.items()
+    }
+    return PlainLora(map_layers(trained, subtract), doubled)
+
+
+def _check_rows(path: Path, specs: Specs) -> None:
+    """Rows of trained tokens stand for the changed table, where an adapter has changed it."""
+    tables = {spec.param for spec in specs.values() if spec.variant == "tokens"}
+    shared = [
+        name for name, spec in specs.items() if spec.variant != "tokens" and spec.param in tables
+    ]
+    if shared:
+        raise ValueError(
+            f"{_CALLER}: {[slashed((*path, name)) for name in shared]} adapt a table of which "
+            "single rows are trained too; those rows belong to the table that the adapter has "
+            "changed. Fuse them into it by `fuse_params`."
+        )
 
 
 def _subtracted(

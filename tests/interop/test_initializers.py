@@ -82,8 +82,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 
 def assert_same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
     """The same base, and the same product of the factors."""
-    assert_close(found[1] @ found[2], expected[1] @ expected[2], tolerance)
-    scale = np.abs(weight()).max()
+    product = expected[1] @ expected[2]
+    assert_close(found[1] @ found[2], product, tolerance)
+    scale = max(np.abs(expected[0]).max(), np.abs(product).max())
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=tolerance * scale)
 
 
