@@ -13,22 +13,19 @@ import abc
 import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
-from peft_jax._registry import Call, find_layer, layer_type, require_layer
+from peft_jax._host import made
+from peft_jax._reading import by_order, reading_through, weight_beneath
+from peft_jax._registry import Call, find_layer, layer_type
 from peft_jax._retraced import warn_of_rebuilt_rule
 from peft_jax._rules import (
     ADAPTER,
-    IN_PARTS,
     STORAGE,
-    Init,
     Proceed,
     Rule,
     RuleSource,
@@ -44,7 +41,7 @@ from peft_jax._state import (
     open_entry,
     using,
 )
-from peft_jax._stored import as_stored, weight_shape
+from peft_jax._stored import as_stored
 
 _PLANS = "_peft_jax_plans"
 
@@ -290,7 +287,7 @@ def _replacement(
     if interceptor in plans:
         rules, replacement = plans[interceptor]
     else:
-        rules, replacement = (), _made(interceptor, call)
+        rules, replacement = (), made(interceptor.replace_fn, call)
         if not isinstance(replacement, nn.Module):
             raise ValueError(
                 f"replace_fn returns a module, the one it was given or another, but returned "
@@ -306,41 +303,6 @@ def _replacement(
     if call.method == "setup" or not hasattr(type(replacement), call.method):
         replacement = None  # never replaced at setup; undeclared methods go to the original
     return rules, replacement
-
-
-class _Host(nn.Module, Untouched):
-    """Where a rule runs: modules that it makes wait to be bound, as they do in any ``setup``.
-
-    Flax would have the module itself for their parent; but it may be past its setup, and a child
-    that holds its parent has a `repr` without end.
-    """
-
-    make: Callable[[], Any]
-
-    @nn.nowrap
-    def sow(self, *args: Any, **kwargs: Any) -> bool:
-        """Records nothing: the host is no part of the model."""
-        return False
-
-    def setup(self) -> None:
-        self.made = _Opaque(self.make())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opaque:
-    """Keeps Flax from taking a module that belongs elsewhere for a child."""
-
-    content: Any
-
-
-def _made(interceptor: ModuleInterceptor, call: Call) -> Any:
-    """What the rule makes of the module."""
-    module = call.module
-    host = _Host(lambda: interceptor.replace_fn(module), parent=module.scope, name="host")
-    made = host.made.content
-    if isinstance(made, nn.Module) and made.scope is None:
-        made = made.clone(parent=module.scope, name=module.name or "replacement")
-    return made
 
 
 def _refuse_clashes(call: Call, rules: list[Rule]) -> None:
@@ -390,7 +352,9 @@ def _run(
         call,
         changed=any(rule.order != STORAGE for rule in reading),
         adapted=any(rule.order == ADAPTER for rule in reading),
-        weight=functools.partial(_weight, call, [rule for rule in reading if rule.order < ADAPTER]),
+        weight=functools.partial(
+            weight_beneath, call, [rule for rule in reading if rule.order < ADAPTER]
+        ),
     )
     _refuse_clashes(call, [*own, *inherited])
     covering = tuple(Extent(path, rule, source) for rule, source in rules if rule.covers_children)
@@ -403,82 +367,9 @@ def _run(
                     using(dataclasses.replace(state, extents=(*state.extents, *covering)))
                 )
             if reading:
-                stack.enter_context(_reading_through(call, reading))
+                stack.enter_context(reading_through(call, reading))
             return next_fun(*call.args, **call.kwargs)
 
-    for group in _by_order(own):
+    for group in by_order(own):
         proceed = functools.partial(group[0].around_together, group, proceed=proceed)
     return proceed(call)
-
-
-def _by_order(rules: list[Rule]) -> list[list[Rule]]:
-    return [list(group) for _, group in itertools.groupby(rules, key=lambda rule: rule.order)]
-
-
-@contextlib.contextmanager
-def _reading_through(call: Call, rules: list[Rule]) -> Iterator[None]:
-    """The module's ``self.param`` returns what the rules make of each parameter."""
-    module = call.module
-    original = module.param
-
-    def param(name: str, init_fn: Any, *init_args: Any, unbox: bool = True, **kwargs: Any) -> Any:
-        def make(key: Any) -> Any:
-            return init_fn(key, *init_args, **kwargs)
-
-        stored, value = _read(call, rules, name, make, original)
-        return value if unbox else meta.replace_boxed(stored, value)
-
-    with patched(module, "param", param):
-        yield
-
-
-def _read(
-    call: Call, rules: list[Rule], name: str, make: Init, param: Callable[..., Any]
-) -> tuple[Any, Any]:
-    """A parameter as it lies in its box, and what the rules make of it."""
-
-    def read(make: Init) -> Any:
-        return param(name, make, unbox=False)
-
-    for rule in rules:
-        read = functools.partial(rule.read, call, name, read=read)
-    stored = read(make)
-    value = meta.unbox(stored)
-    for group in _by_order(rules):
-        value = group[0].transform_together(group, call, name, value)
-    return stored, value
-
-
-def _weight(call: Call, rules: list[Rule]) -> Any:
-    """The weight of a registered layer, as it is read through rules beneath the adapters."""
-    layer, module = require_layer(call.module, "An adapter changes"), call.module
-    params = module.scope.variables()["params"]
-    if layer.param not in params:
-        raise ValueError(
-            f"{type(module).__name__} at '{call.path}' is registered with the parameter "
-            f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
-        )
-    kept = params[layer.param]
-    like = jax.ShapeDtypeStruct(weight_shape(meta.unbox(kept)), jnp.float32)
-
-    def make(key: Any) -> Any:
-        return jnp.zeros(like.shape, like.dtype)
-
-    with patched(module, IN_PARTS, all(rule.order == STORAGE for rule in rules)):
-        _, value = _read(call, rules, layer.param, make, lambda *_, **__: kept)
-    return value
-
-
-@contextlib.contextmanager
-def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of a bound module for the length of a call."""
-    missing = object()
-    before = module.__dict__.get(name, missing)
-    object.__setattr__(module, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            object.__delattr__(module, name)
-        else:
-            object.__setattr__(module, name, before)
