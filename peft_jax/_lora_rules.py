@@ -74,7 +74,7 @@ class LoRARule(AdapterRule):
 
     def at_weight(self, call: Call) -> bool:
         layer = require_layer(call.module, f"{self.wrapper} adapts")
-        return not layer.beside(call) or (self.settings.use_dora and not layer.only_bias)
+        return not layer.beside(call) or (self.settings.use_dora and layer.bias is None)
 
     def change(self, call: Call, name: str, value: Any) -> Array | None:
         layer = require_layer(call.module, f"{self.wrapper} adapts")
@@ -142,7 +142,7 @@ def _gained(call: Call, layer: Layer, z: Array, gain: Array) -> Array:
     equation, dtype = parse_equation(layer.equation(call)), widest(z.dtype)
     axes = equation.output_axes(z.ndim)
     total = scaled_along(z.astype(dtype), gain.astype(dtype), axes, equation.kept)
-    bias = meta.unbox(call.module.get_variable("params", "bias"))
+    bias = meta.unbox(call.module.get_variable("params", layer.bias))
     if bias is not None:
         total = total + along((1 - gain) * bias.astype(dtype), equation.kept, axes)
     return total.astype(z.dtype)

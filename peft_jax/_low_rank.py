@@ -82,7 +82,11 @@ def scaled_along(x: Array, factors: Array, axes: str, letters: str) -> Array:
         An array like `x`.
     """
     names = _named(axes)
-    if is_laid_out(x) or is_laid_out(factors):
+    stretched = any(
+        length != x.shape[names.index(letter)]
+        for letter, length in zip(letters, factors.shape, strict=True)
+    )
+    if stretched or is_laid_out(x) or is_laid_out(factors):
         return x * _broadcast(factors, letters, names)
     return _contract_p.bind(x, factors, equation=f"{names},{letters}->{names}", precision=None)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._einsum import widest
-from peft_jax._weight import Weight, as_array, weight_einsum
+from peft_jax._weight import Weight, map_pieces, weight_einsum
 
 Array = jax.Array
 
@@ -27,8 +27,21 @@ def norms(weight: Array | Weight, letters: str, outputs: str) -> Array:
     Returns:
         An array in float32 or wider: the stack's axes, then the `outputs`.
     """
-    array = as_array(weight)
-    return jnp.sqrt(_summed(jnp.square(array.astype(widest(array.dtype))), letters, outputs))
+    return jnp.sqrt(_squares(weight, letters, outputs))
+
+
+def _squares(weight: Array | Weight, letters: str, outputs: str) -> Array:
+    def of(array: Array) -> Array:
+        return _summed(jnp.square(array.astype(widest(array.dtype))), letters, outputs)
+
+    if not isinstance(weight, Weight):
+        return of(weight)
+    pieces, axis = map_pieces(of, weight)
+    if letters[axis] not in outputs:
+        return jnp.sum(pieces, axis=0)
+    place = outputs.index(letters[axis])
+    pieces = jnp.moveaxis(pieces, 0, place)
+    return pieces.reshape((*pieces.shape[:place], -1, *pieces.shape[place + 2 :]))
 
 
 def _summed(array: Array, letters: str, outputs: str) -> Array:
@@ -75,7 +88,7 @@ def adapted_norms(
     # <2 s W + s^2 a·b, a·b>, what is left of a product with `a` times `b`.
     terms = (2 * scaling * met.astype(own.dtype) + scaling**2 * own) * along(b, right, kept)
     change = _summed(terms, kept, outputs)
-    squares = _summed(jnp.square(as_array(weight).astype(own.dtype)), letters, outputs)
+    squares = _squares(weight, letters, outputs).astype(change.dtype)
     return jnp.sqrt(jnp.maximum(jax.lax.stop_gradient(squares + change), 0))
 
 

@@ -7,6 +7,7 @@ the layer, and the norm runs on stored parameters to which their changes have be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from peft_jax._registry import Call
 from peft_jax._rules import Proceed
 from peft_jax._spec_box import traced_specs
 from peft_jax._specs import LoraSpec
-from peft_jax._stacked import adapter_shapes, spec_changes
+from peft_jax._stacked import adapter_shapes, spec_changes, spec_norms
 from peft_jax._state import mute_adapters
 from peft_jax._trees import Layer, Path, adapter_paths, map_layers, slashed, stored_paths
 
@@ -50,7 +51,7 @@ def around_norm(call: Call, proceed: Proceed) -> Any:
     if norm.is_initializing():
         with mute_adapters():
             y = proceed(call)  # which may normalise every array that it finds: they come afterwards
-        _store_adapters(layer.scope, init(layer.scope.rngs, call.args, kwargs))
+        _store_adapters(layer.scope, init(layer.scope.rngs, call.args, kwargs), specs)
         return y
 
     depth = len(norm.scope.path)
@@ -102,13 +103,19 @@ def init_of_copy(layer: Any, method: str) -> Callable[..., Any]:
     return init
 
 
-def _store_adapters(scope: Scope, params: Any) -> None:
+def _store_adapters(scope: Scope, params: Any, specs: dict[str, LoraSpec]) -> None:
+    """Puts new adapters beside the weights that are there, which magnitudes are those of."""
+
     def store(path: Path, layer: Layer, adapters: Layer) -> Layer:
+        holder = functools.reduce(lambda inner, part: inner.push(part, reuse=True), path, scope)
         for name, adapter in adapters.items():
-            inner = scope
-            for part in (*path, name):
-                inner = inner.push(part, reuse=True)
+            spec, inner = specs["/".join((*path, name))], holder.push(name, reuse=True)
             for leaf, value in adapter.items():
+                if leaf == "magnitude":
+                    stored: Any = holder.get_variable("params", str(spec.param))
+                    a, b = (meta.unbox(adapter[factor]) for factor in ("a", "b"))
+                    norms = spec_norms(meta.unbox(stored), spec, a, b)
+                    value = meta.replace_boxed(value, norms.astype(meta.unbox(value).dtype))
                 inner.put_variable("params", leaf, value)
         return layer
 

@@ -75,8 +75,8 @@ class Layer:
       beside: whether ``y + x·a·b`` is what the layer gives with ``W + a·b``. Otherwise the adapter
         joins the weight.
       check: refuses a module that can be told to be unfit before it is called.
-      only_bias: whether the output is the product plus the parameter ``bias``, if there is one,
-        and nothing else.
+      bias: name of the one parameter that is added to the product, if the layer has it; None:
+        other terms may be added.
     """
 
     param: str
@@ -86,7 +86,7 @@ class Layer:
     methods: tuple[str, ...] = ("__call__",)
     beside: Callable[[Call], bool] = lambda call: _is_plain(call.module)
     check: Callable[[Any], None] = lambda module: None
-    only_bias: bool = False
+    bias: str | None = None
 
 
 def layer_type(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
@@ -134,6 +134,7 @@ def register_layer(
     equation: str | Callable[..., str] | None = None,
     input: str | Callable[..., Any] | None = None,
     like: type[nn.Module] | None = None,
+    bias: str | None = None,
 ) -> type[nn.Module]:
     """Tells the library how a module type uses its parameter.
 
@@ -158,6 +159,9 @@ def register_layer(
       input: name of the argument of ``__call__`` that holds ``x`` (default: the first), or a
         function of ``(module, *args, **kwargs)`` that returns it.
       like: a registered type; the new type is read in the same way.
+      bias: name of the parameter that is added to the product along its output axes, where that
+        is all that is added (``""``: nothing ever is). With it, an adapter of DoRA acts beside
+        the layer; without it, on its weight, where dropout has no place.
 
     Returns:
       ``module_type``, so that a ``functools.partial`` of this serves as a decorator.
@@ -169,7 +173,7 @@ def register_layer(
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise ValueError(f"register_layer takes a subclass of nn.Module, got {module_type!r}.")
     if like is not None:
-        if equation is not None or input is not None or param != "kernel":
+        if equation is not None or input is not None or param != "kernel" or bias is not None:
             raise ValueError("register_layer takes either `like` or a description, not both.")
         if like not in _LAYERS:
             raise ValueError(
@@ -185,6 +189,8 @@ def register_layer(
         )
     if not isinstance(param, str):
         raise ValueError(f"register_layer: param is the name of a parameter, got {param!r}.")
+    if bias is not None and not isinstance(bias, str):
+        raise ValueError(f"register_layer: bias is the name of a parameter, got {bias!r}.")
     if not callable(equation):
         parse_equation(equation)
     read_equation = equation if callable(equation) else lambda module, *args, **kwargs: equation
@@ -194,6 +200,7 @@ def register_layer(
         kind="einsum",
         equation=lambda call: read_equation(call.module, *call.args, **call.kwargs),
         input=lambda call: read_input(call.module, *call.args, **call.kwargs),
+        bias=bias,
     )
     return module_type
 
@@ -248,8 +255,8 @@ def _check_einsum(module: nn.Einsum) -> None:
 
 _LAYERS.update(
     {
-        nn.Dense: Layer("kernel", "dense", lambda call: DENSE, only_bias=True),
-        nn.Einsum: Layer("kernel", "einsum", _einsum_equation, check=_check_einsum, only_bias=True),
+        nn.Dense: Layer("kernel", "dense", lambda call: DENSE, bias="bias"),
+        nn.Einsum: Layer("kernel", "einsum", _einsum_equation, check=_check_einsum, bias="bias"),
         nn.DenseGeneral: Layer(
             "kernel",
             "dense_general",
@@ -259,7 +266,7 @@ _LAYERS.update(
                 call.module.batch_dims,
                 len(as_tuple(call.module.features)),
             ),
-            only_bias=True,
+            bias="bias",
         ),
         nn.Conv: Layer(
             "kernel",
@@ -267,7 +274,7 @@ _LAYERS.update(
             lambda call: conv_equation(_window(call.module)),
             # A mask multiplies the kernel, and so the change of the kernel too.
             beside=lambda call: call.module.mask is None and _is_plain(call.module),
-            only_bias=True,
+            bias="bias",
         ),
         nn.ConvTranspose: Layer(
             "kernel",
@@ -282,7 +289,7 @@ _LAYERS.update(
                 and not call.module.transpose_kernel
                 and _is_plain(call.module)
             ),
-            only_bias=True,
+            bias="bias",
         ),
         nn.Embed: Layer(
             "embedding",
@@ -290,7 +297,7 @@ _LAYERS.update(
             lambda call: EMBED,
             input=lambda call: call.argument(0, embed_input(call)),
             methods=("__call__", "attend"),
-            only_bias=True,
+            bias="bias",
         ),
     }
 )

@@ -27,6 +27,7 @@ from peft_jax._stored import as_stored, weight_shape
 from peft_jax._targets import (
     alpha_of,
     is_all_linear,
+    is_saved,
     layer_index,
     rank_of,
     selects,
@@ -113,7 +114,7 @@ class Adapt:
 
     def _refuse_stacked(self, module: Any, path: Path) -> None:
         config = self.config
-        if config.layers_to_transform is None or layer_index(path, config.layers_pattern):
+        if config.layers_to_transform in (None, ()):
             return
         lifts = [part for part in module.scope.debug_path if part.startswith(("scan(", "vmap("))]
         everywhere = dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
@@ -122,7 +123,8 @@ class Adapt:
                 f"LoraConfig.layers_to_transform = {config.layers_to_transform} tells layers apart "
                 f"by their index, but '{slashed(path)}' stands for a stack of layers "
                 f"({lifts[0]}), which have one adapter each, or none. Leave layers_to_transform "
-                "out, or build the model with layers of their own names."
+                "out, build the model with layers of their own names, or leave the stack out "
+                f"(exclude_modules={['.'.join(path)]})."
             )
 
     def settings(self, path: Path, kind: str | None) -> Settings:
@@ -152,7 +154,7 @@ class Adapt:
         if self.table is None and isinstance(self.config.trainable_token_indices, tuple):
             own = "" if self.adapter_name == DEFAULT else f".{self.adapter_name}"
             tables = [path for path, layer in containers(params) if f"{TOKENS}{own}" in layer]
-            table = tables[0] if tables else _only_table(_tables(params))
+            table = tables[0] if tables else _only_table(self.config, _tables(params))
             return dataclasses.replace(self, table=table).for_params(params)
         if not is_all_linear(self.config) or self.left_out is not None:
             return self
@@ -168,7 +170,22 @@ class Adapt:
             for path, layer in tree
             if _may_be_output(layer, lengths) and not named_adapters(layer, self.adapter_name)
         )
+        self._refuse_two_outputs(tree, bare)
         return dataclasses.replace(self, left_out=bare)
+
+    def _refuse_two_outputs(self, tree: list[tuple[Path, Any]], bare: frozenset[Path]) -> None:
+        """One layer is left out as the output layer; a second one has lost its adapter."""
+        linear = [
+            path
+            for path, layer in tree
+            if path in bare and selects(self.config, path) and _is_plainly_linear(layer)
+        ]
+        if len(linear) > 1:
+            raise ValueError(
+                f"The parameters hold no adapter at {[*map(slashed, linear)]}, of which "
+                "target_modules='all-linear' leaves out one at most, the output layer. Initialize "
+                "the model under the same config, or add the adapters by `peft.merge_params`."
+            )
 
 
 def _layer_of(module: Any) -> Layer | None:
@@ -195,6 +212,10 @@ def _may_be_output(layer: Any, lengths: set[int]) -> bool:
     )
 
 
+def _is_plainly_linear(layer: Mapping[str, Any]) -> bool:
+    return "kernel" in layer and len(weight_shape(meta.unbox(layer["kernel"]))) == 2
+
+
 def _is_leaf(value: Any) -> bool:
     return not isinstance(value, Mapping | list | tuple) or as_stored(value) is not None
 
@@ -217,15 +238,19 @@ class _ParametersRule(AdapterRule):
 
     adapt: Adapt
 
-    name = "lora at parameters"
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"lora at parameters ({self.adapt.adapter_name})"
 
     def _path(self, call: Call, name: str) -> Path:
         return (*call.module.scope.path[len(self.adapt.base) :], name)
 
     def at_weight(self, call: Call) -> bool:
         layer = find_layer(call.module)
-        config = self.adapt.config
-        return layer is None or selects_parameter(config, self._path(call, layer.param))
+        if layer is None:
+            return True
+        names = {layer.param, "bias", *call.module.scope.variables().get("params", {})}
+        return any(selects_parameter(self.adapt.config, self._path(call, name)) for name in names)
 
     def change(self, call: Call, name: str, value: Any) -> Array | None:
         path = self._path(call, name)
@@ -267,26 +292,43 @@ class Structure(NamedTuple):
     table: Path | None
 
 
-def structure(config: LoraConfig, init: Callable[..., Any], *given: Any) -> Structure:
-    """The last linear layer that is as wide as an ``nn.Embed`` is long, and the embedding.
+def structure(config: LoraConfig, base: Path, init: Callable[..., Any], *given: Any) -> Structure:
+    """The output layer of a model, and its embedding.
 
     Args:
       config: asks for it.
+      base: path of the model that the config speaks of.
       init: initializes the model; it is traced abstractly.
       *given: its arguments, as for `traced_boxes`.
     """
     seen: list[tuple[Path, str, int]] = []
     with ModuleInterceptor(_Noticing(_Notes(seen))):
         traced_boxes(init, *given)
-    lengths = {length for _, kind, length in seen if kind == "embed"}
-    heads = [path for path, kind, width in seen if kind != "embed" and width in lengths]
+    seen = [(path[len(base) :], kind, length) for path, kind, length in seen]
     table = None
     if isinstance(config.trainable_token_indices, tuple):
-        table = _only_table([path for path, kind, _ in seen if kind == "embed"])
-    return Structure(frozenset(heads[-1:]), table)
+        table = _only_table(config, [path for path, kind, _ in seen if kind == "embed"])
+    return Structure(_output_layer(seen), table)
 
 
-def _only_table(paths: list[Path]) -> Path:
+def _output_layer(seen: list[tuple[Path, str, int]]) -> frozenset[Path]:
+    """The last linear layer that is as wide as the longest table is long.
+
+    Where there is none: the last linear layer of all, if it alone is as wide as some table is long
+    (of two vocabularies the output's may be the shorter one). Tables of positions and of types,
+    which may be as long as the model is wide, are not taken for vocabularies so.
+    """
+    lengths = [length for _, kind, length in seen if kind == "embed"]
+    linear = [(path, width) for path, kind, width in seen if kind != "embed"]
+    heads = [path for path, width in linear if width == max(lengths, default=0)]
+    if not heads and linear:
+        last, width = linear[-1]
+        alone = all(path == last for path, other in linear if other == width)
+        heads = [last] if alone and width in lengths else []
+    return frozenset(heads[-1:])
+
+
+def _only_table(config: LoraConfig, paths: list[Path]) -> Path:
     """The embedding that is meant where none is named."""
     found = sorted(set(paths))
     named = [path for path in found if path[-1:] == ("embed_tokens",)]
@@ -296,7 +338,13 @@ def _only_table(paths: list[Path]) -> Path:
             f"embedding, or the one named embed_tokens; there are {[*map(slashed, found)]}. Name "
             "one: trainable_token_indices={'<its path>': [...]}."
         )
-    return found[0] if len(found) == 1 else named[0]
+    table = found[0] if len(found) == 1 else named[0]
+    if is_saved(config, table):
+        raise ValueError(
+            f"LoraConfig.trainable_token_indices is about '{slashed(table)}', all of which is "
+            "trained (modules_to_save). Leave one of them out."
+        )
+    return table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -309,8 +357,11 @@ class _Notes:
 @dataclasses.dataclass(frozen=True)
 class _NoticeRule(Rule):
     order: ClassVar[int] = STORAGE
-    name = "order of layers"
     notes: _Notes
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"order of layers ({id(self.notes)})"
 
     def around(self, call: Call, proceed: Proceed) -> Any:
         y = proceed(call)

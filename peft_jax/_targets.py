@@ -229,4 +229,4 @@ def tokens_of(config: LoraConfig, path: Path, *, is_table: bool) -> tuple[int, .
         return tuple(tokens or ()) if is_table else ()
     dotted = dotted_path(path)
     named = [key for key in tokens if matches((key,), dotted)]
-    return tuple(sorted({token for key in named for token in tokens[key]}))
+    return tuple(dict.fromkeys(token for key in named for token in tokens[key]))

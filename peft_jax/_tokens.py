@@ -65,7 +65,9 @@ class TokensRule(AdapterRule):
     tokens: tuple[int, ...]
     adapter_name: str = DEFAULT
 
-    name = "trainable tokens"
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"trainable tokens ({self.adapter_name})"
 
     def around(self, call: Call, proceed: Proceed) -> Any:
         y = proceed(call)
@@ -77,9 +79,16 @@ class TokensRule(AdapterRule):
         if call.method == "attend":
             change = jnp.einsum("...f,nf->...n", x.astype(y.dtype), surplus)
             return y.at[..., jnp.asarray(self.tokens)].add(change)
-        tokens = jnp.asarray(self.tokens, x.dtype).reshape((1,) * x.ndim + (-1,))
-        hits = (x[..., None] == tokens).astype(y.dtype)
+        hits = self._hits(jnp.asarray(x), call.module.num_embeddings).astype(y.dtype)
         return y + jnp.einsum("...n,nf->...f", hits, surplus)
+
+    def _hits(self, ids: Array, length: int) -> Array:
+        """For each index and each token, whether the index is of that token, as nn.Embed reads."""
+        ids = ids.astype(jnp.int64 if ids.dtype.itemsize == 8 else jnp.int32)
+        ids = jnp.where(ids < 0, ids + length, ids) if length > 1 else jnp.zeros_like(ids)
+        return ids[..., None] == jnp.asarray(self.tokens, ids.dtype).reshape(
+            (1,) * ids.ndim + (-1,)
+        )
 
     def _surplus(self, call: Call, param: str) -> Array:
         stored: Any = call.module.get_variable("params", param)

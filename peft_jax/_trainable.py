@@ -12,9 +12,10 @@ from flax.core import meta
 from peft_jax._config import LoraConfig
 from peft_jax._names import is_adapter
 from peft_jax._stored import as_stored, weight_shape
+from peft_jax._stored_trees import scales_in
 from peft_jax._target_checks import check_saved
 from peft_jax._targets import is_saved
-from peft_jax._trees import Path, children, containers, is_branch, rebuild
+from peft_jax._trees import Path, children, containers, is_branch, rebuild, slashed
 
 
 def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
@@ -42,6 +43,11 @@ def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
     Raises:
       ValueError: where an entry of ``modules_to_save`` matches nothing, or nothing is trained.
     """
+    if config is not None and not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"trainable_mask takes a LoraConfig or None, got {type(config).__name__}. Read plain "
+            "data by `peft.LoraConfig.from_dict`."
+        )
     if config is not None:
         check_saved(config, [path for path, _ in containers(params)])
     mask = _mask(params, config, (), False)
@@ -55,6 +61,11 @@ def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
 
 def _mask(tree: Any, config: LoraConfig | None, path: Path, saved: bool) -> Any:
     if not is_branch(tree) or as_stored(tree) is not None:
+        if saved and as_stored(meta.unbox(tree)) is not None:
+            raise ValueError(
+                f"LoraConfig.modules_to_save would train '{slashed(path)}', which is stored in few "
+                "bits. Leave it in floats (`select=` of `quantize_checkpoint`)."
+            )
         return jax.tree.map(lambda _: saved, tree)
     saved = saved or (config is not None and bool(path) and is_saved(config, path))
     bias = "none" if config is None else config.bias
@@ -84,15 +95,27 @@ def print_trainable_parameters(params: Any, config: LoraConfig | None = None) ->
 def trainable_parameters(params: Any, config: LoraConfig | None = None) -> str:
     """The line that `print_trainable_parameters` prints."""
     mask = trainable_mask(params, config)
-    numbers = jax.tree.map(_size, params, is_leaf=_is_one)
-    trained = jax.tree.map(lambda n, m: n if all(jax.tree.leaves(m)) else 0, numbers, mask)
-    total, count = sum(jax.tree.leaves(numbers)), sum(jax.tree.leaves(trained))
+    sizes = jax.tree.map(_size, without_scales(params), is_leaf=_is_one)
+    trained = jax.tree.map(
+        lambda n, m: n if all(jax.tree.leaves(m)) else 0, sizes, without_scales(mask, params)
+    )
+    total, count = sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(trained))
     layers = [layer for _, layer in containers(params) if _has_weight(layer)]
     matched = sum(any(is_adapter(k, v) for k, v in layer.items()) for layer in layers)
     return (
         f"trainable params: {count:,d} || all params: {total:,d} || "
         f"trainable%: {100 * count / total:.4f} || matched modules: {matched} of {len(layers)}"
     )
+
+
+def without_scales(tree: Any, like: Any = None) -> Any:
+    """The tree without the scales of stored values, or without what lies in their places."""
+    like = tree if like is None else like
+    if not is_branch(like) or as_stored(like) is not None:
+        return tree
+    scales, pairs = scales_in(like), zip(children(tree), children(like), strict=True)
+    kept = {key: without_scales(a, b) for (key, a), (_, b) in pairs if key not in scales}
+    return rebuild(tree, kept)
 
 
 def _is_one(node: Any) -> bool:

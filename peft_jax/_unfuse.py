@@ -41,8 +41,8 @@ def unfuse_params(
     With ``lora`` the base is computed as ``fused - scaling * a·b``, in float32 and rounded once.
     Where ``original`` is given too, the base is exactly the original wherever that gives ``fused``.
 
-    A change that depends on the weight (DoRA) cannot be taken off: ``original`` must be given then,
-    and fuse to ``fused``.
+    A change that depends on the weight (DoRA, rows of tokens) cannot be taken off: ``original``
+    must be given then, and fuse to ``fused``.
 
     With ``original`` alone, adapters are recovered from ``fused - original`` by a singular value
     decomposition: the best of their rank (Eckart and Young, 1936). They are float32, and
@@ -116,15 +116,16 @@ def _take_off(fused: Any, original: Any, lora: Any, specs: Specs | None) -> Any:
 
 
 def _has_magnitude(adapters: Layer) -> bool:
-    return any("magnitude" in adapter for adapter in adapters.values())
+    """Whether what the adapters change depends on the weight."""
+    return any({"magnitude", "rows"} & set(adapter) for adapter in adapters.values())
 
 
 def _refuse_magnitudes(path: Path, adapters: Layer, specs: Specs | None) -> None:
     if _has_magnitude(adapters):
         raise ValueError(
             f"unfuse_params: the adapters {[slashed((*path, name)) for name in sorted(adapters)]} "
-            "have a magnitude (DoRA), which cannot be taken off a fused weight. Give the weights "
-            "that they were fused into, as `original`."
+            "have a magnitude (DoRA) or rows of tokens, which cannot be taken off a fused weight. "
+            "Give the weights that they were fused into, as `original`."
         )
 
 
@@ -154,8 +155,8 @@ def _check_kept(path: Path, original: Any, base: Any) -> None:
     if not bool(close):
         raise ValueError(
             f"unfuse_params: the original of '{slashed(path)}' does not fuse to what is given, and "
-            "a magnitude (DoRA) cannot be taken off otherwise. Give the weights that the adapters "
-            "were fused into."
+            "a magnitude (DoRA) or rows cannot be taken off otherwise. Give the weights that the "
+            "adapters were fused into."
         )
 
 

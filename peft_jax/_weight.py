@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,9 +44,38 @@ class Weight:
         return dequantize(self.values, self.scale, self.dtype)
 
 
-def as_array(weight: Array | Weight) -> Array:
-    """The weight as a whole."""
-    return weight.dequantized() if isinstance(weight, Weight) else weight
+def map_pieces(function: Callable[[Array], Array], weight: Weight) -> tuple[Array, int]:
+    """What a function makes of each piece of a stored weight, dequantized one after the other.
+
+    Args:
+      function: of a piece.
+      weight: is cut in up to `PIECES` equal pieces along one axis, at the edges of blocks.
+
+    Returns:
+      The results, with an axis of pieces in front, and the axis along which the weight was cut.
+    """
+    layout, array, scale = weight.values.layout, weight.values.array, weight.scale
+    packed = None if layout.axis is None else layout.axis % array.ndim
+    counts = [1 if axis == packed else _count(weight, axis) for axis in range(array.ndim)]
+    axis = counts.index(max(counts))
+    step, scales = array.shape[axis] // counts[axis], scale.shape[axis] // counts[axis]
+
+    def piece(i: Array) -> Array:
+        part = jax.lax.dynamic_slice_in_dim(array, i * step, step, axis)
+        its = jax.lax.dynamic_slice_in_dim(scale, i * scales, scales, axis) if scales else scale
+        return function(dequantize(StoredValues(layout, part), its))
+
+    return jax.lax.map(piece, jnp.arange(counts[axis])), axis
+
+
+PIECES = 16
+
+
+def _count(weight: Weight, axis: int) -> int:
+    """In how many pieces, at most `PIECES`, a weight can be cut along an axis."""
+    length, scales = weight.shape[axis], weight.scale.shape[axis]
+    cuts = length if scales == 1 else scales
+    return max(count for count in range(1, PIECES + 1) if cuts % count == 0)
 
 
 def weight_rows(weight: Array | Weight, rows: Array) -> Array:

@@ -65,6 +65,26 @@ class Transparent(nn.Module):
         return wrapped
 
     @nn.nowrap
+    def init_with_output(
+        self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As of any Linen module."""
+        return super().init_with_output(rngs, *args, method=self._own_method(method), **kwargs)
+
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        """As of any Linen module."""
+        return super().apply(variables, *args, method=self._own_method(method), **kwargs)
+
+    @nn.nowrap
+    def _own_method(self, method: Any) -> Any:
+        """A method of the wrapped module's class by its name, under which this module has it."""
+        name = getattr(method, "__name__", None)
+        if name is not None and getattr(layer_type(self._inside()), name, None) is method:
+            return name
+        return method
+
+    @nn.nowrap
     def _inside(self) -> nn.Module:
         """The module whose methods and attributes are shown."""
         return self.wrapped

@@ -24,12 +24,14 @@ import peft_jax as peft
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 hf_peft = pytest.importorskip("peft")
+torch.set_num_threads(1)  # models are tiny, and cores shared
+
 gpt2 = hf.models.gpt2.modeling_flax_gpt2
 
 # GPT-2 has a layer of its own, whose kernel is (out, in).
-peft.register_layer(gpt2.FlaxConv1D, param="kernel", equation="...i,oi->...o")
+peft.register_layer(gpt2.FlaxConv1D, param="kernel", equation="...i,oi->...o", bias="bias")
 
-VOCAB, HIDDEN, LAYERS, HEADS = 64, 32, 3, 2
+VOCAB, HIDDEN, LAYERS, HEADS = 64, 32, 2, 2
 BATCH, LENGTH = 2, 6
 IDS = np.random.default_rng(0).integers(3, VOCAB, (BATCH, LENGTH))
 MASK = np.ones((BATCH, LENGTH), np.int32)
@@ -86,11 +88,12 @@ class Peer:
         return self.output(model(**self.torch_inputs))
 
     def our_logits(self, module: nn.Module, params: Any) -> Any:
-        run = jax.jit(
-            lambda params: self.output(module.apply({"params": params}, *self.inputs)),
-            compiler_options={"xla_backend_optimization_level": 0},  # it compiles far sooner
-        )
-        return run(params)
+        return self.output(module.apply({"params": params}, *self.inputs))
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled in a third of the time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def shapes_of(module: nn.Module, inputs: tuple[Any, ...]) -> Flat:
@@ -100,17 +103,16 @@ def shapes_of(module: nn.Module, inputs: tuple[Any, ...]) -> Flat:
 
 # --- From torch to Flax --------------------------------------------------------------------------
 
-_ADAPTER = r"^(?P<module>.*)\.{}$"
 _LEAVES = {
-    _ADAPTER.format(name): leaf
+    f"/(?P<module>.*?)/{name}": leaf
     for name, leaf in {
-        r"lora_A\.default\.weight": "lora/a",
-        r"lora_B\.default\.weight": "lora/b",
-        r"lora_B\.default\.bias": "lora/bias",
-        r"lora_embedding_A\.default": "lora/a",
-        r"lora_embedding_B\.default": "lora/b",
-        r"lora_magnitude_vector\.default\.weight": "lora/magnitude",
-        r"token_adapter\.trainable_tokens_delta\.default": "lora_tokens/rows",
+        "lora_A/default/weight": "lora/a",
+        "lora_B/default/weight": "lora/b",
+        "lora_B/default/bias": "lora/bias",
+        "lora_embedding_A/default": "lora/a",
+        "lora_embedding_B/default": "lora/b",
+        "lora_magnitude_vector/default/weight": "lora/magnitude",
+        "trainable_tokens_delta/default": "lora_tokens/rows",
     }.items()
 }
 # What wrappers put between the name of a module and that of its parameter. The copy that
@@ -148,12 +150,14 @@ def flax_leaf(peer: Peer, name: str) -> str | None:
 
     Heads that are tied to an embedding have no parameters in Flax.
     """
-    name = name.removeprefix("base_model.model.")
+    name = _BETWEEN.sub("", f".{name.removeprefix('base_model.model.')}").replace(".", "/")
+    above, _, own = name[1:].rpartition("/")
     for pattern, leaf in _LEAVES.items():
-        if found := re.match(pattern, name):
-            return f"{_BETWEEN.sub('', found['module'])}.{leaf}".replace(".", "/")
-    above, _, own = f".{_BETWEEN.sub('', name)}".rpartition(".")
-    paths = [f"{above}.{leaf}".strip(".").replace(".", "/") for leaf in _NAMES.get(own, (own,))]
+        if found := re.fullmatch(pattern, name):
+            above, own = found["module"], leaf
+    paths = [f"{above}/{leaf}".strip("/") for leaf in _NAMES.get(own, (own,))]
+    if own in _LEAVES.values():
+        return paths[0] if any(path.startswith(f"{above}/") for path in peer.shapes) else None
     return next((path for path in paths if path in peer.shapes), None)
 
 
@@ -212,7 +216,9 @@ class Pair:
     def logits(self) -> tuple[Any, Any]:
         """Ours and theirs."""
         theirs = _array(self.peer.their_logits(self.theirs))
-        return self.peer.our_logits(self.ours, self.params), theirs
+        return quick_jit(lambda params: self.peer.our_logits(self.ours, params))(
+            self.params
+        ), theirs
 
 
 def their_model(peer: Peer, **options: Any) -> Any:
@@ -236,9 +242,22 @@ def randomize(model: Any) -> None:
                 value.copy_(0.3 * torch.randn(value.shape, generator=generator))
 
 
+def keep_groups_apart(model: Any, peer: Peer) -> None:
+    """Zeroes what an adapter of `peft` reads of other groups, as no weight of the layer could."""
+    with torch.no_grad():
+        for name, groups in peer.groups.items():
+            layer = model.base_model.model.get_submodule(name)
+            if not hasattr(layer, "lora_A"):
+                continue
+            for i, rows in enumerate(layer.lora_A["default"].weight.chunk(groups)):
+                for j, columns in enumerate(rows.chunk(groups, dim=1)):
+                    columns.mul_(i == j)
+
+
 def adapted(peer: Peer, **options: Any) -> Pair:
     theirs, ours = their_model(peer, **options), our_model(peer, **options)
     randomize(theirs)
+    keep_groups_apart(theirs, peer)
     return Pair(peer, theirs, ours, ours.peft_config, carried(peer, theirs))
 
 
@@ -261,48 +280,111 @@ def assert_all_close(actual: Flat, expected: Flat, tolerance: float = 1e-4) -> N
 
 # --- Models of `transformers` --------------------------------------------------------------------
 
-_SIZES = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 48,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 40,  # of Llama in Flax, at least 2 * HIDDEN / HEADS
-    "attn_implementation": "eager",
-}
+
+def _sizes(layers: int) -> Flat:
+    return {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 48,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 40,  # of Llama in Flax, at least 2 * HIDDEN / HEADS
+        "attn_implementation": "eager",
+    }
 
 
-def gpt2_peer(**settings: Any) -> Peer:
-    fields = {"n_positions": 16, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, **settings}
+_TORCH_INPUTS = {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)}
+
+
+def gpt2_peer(layers: int = LAYERS, **settings: Any) -> Peer:
+    fields = {"n_positions": 16, "n_embd": HIDDEN, "n_layer": layers, "n_head": HEADS, **settings}
     config = hf.GPT2Config(vocab_size=VOCAB, attn_implementation="eager", **fields)
     return Peer(
         lambda: hf.GPT2LMHeadModel(config),
         hf.FlaxGPT2LMHeadModel.module_class(config),
         (IDS, MASK, POSITIONS),
-        {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)},
+        _TORCH_INPUTS,
         settings={"fan_in_fan_out": True},
     )
 
 
-def bert_peer() -> Peer:
-    config = hf.BertConfig(**_SIZES)
+def bert_peer(layers: int = LAYERS) -> Peer:
+    config = hf.BertConfig(**_sizes(layers))
     return Peer(
         lambda: hf.BertForMaskedLM(config),
         hf.FlaxBertForMaskedLM.module_class(config),
-        (IDS, MASK, np.zeros_like(IDS), POSITIONS, np.ones((LAYERS, HEADS), np.float32)),
-        {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)},
+        (IDS, MASK, np.zeros_like(IDS), POSITIONS, np.ones((layers, HEADS), np.float32)),
+        _TORCH_INPUTS,
     )
 
 
-def llama_peer() -> Peer:
-    config = hf.LlamaConfig(**_SIZES)
+def classifier_peer(labels: int) -> Peer:
+    config = hf.BertConfig(**_sizes(LAYERS), num_labels=labels)
+    return Peer(
+        lambda: hf.BertForSequenceClassification(config),
+        hf.FlaxBertForSequenceClassification.module_class(config),
+        (IDS, MASK, np.zeros_like(IDS), POSITIONS, np.ones((LAYERS, HEADS), np.float32)),
+        _TORCH_INPUTS,
+    )
+
+
+def llama_peer(layers: int = LAYERS) -> Peer:
+    config = hf.LlamaConfig(**_sizes(layers))
     return Peer(
         lambda: hf.LlamaForCausalLM(config),
         hf.FlaxLlamaForCausalLM.module_class(config),
         (IDS, MASK, POSITIONS),
-        {"input_ids": torch.tensor(IDS), "attention_mask": torch.tensor(MASK)},
+        _TORCH_INPUTS,
     )
 
 
-GPT2, BERT, LLAMA = gpt2_peer(), bert_peer(), llama_peer()
-PEERS = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA}
+PEERS = {"gpt2": gpt2_peer(), "bert": bert_peer(), "llama": llama_peer()}
+
+
+# --- A model with images and words ---------------------------------------------------------------
+
+GROUPS = 2
+
+
+class TorchNet(torch.nn.Module):
+    """Two convolutions, the second with groups, an embedding and a linear layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3 * width, 4 * width, 3, padding=1)
+        self.grouped = torch.nn.Conv2d(4 * width, 6 * width, 3, stride=2, groups=GROUPS)
+        self.table = torch.nn.Embedding(20, 6 * width)
+        self.fc = torch.nn.Linear(6 * width, 5 * width)
+
+    def forward(self, image: Any, words: Any) -> Any:
+        x = self.grouped(torch.tanh(self.conv(image))).mean((-2, -1))
+        return self.fc(torch.tanh(x) + self.table(words).mean(-2))
+
+
+class FlaxNet(nn.Module):
+    """As `TorchNet`."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, image: Any, words: Any) -> Any:
+        width, window = self.width, (3, 3)
+        x = nn.Conv(4 * width, window, padding=1, name="conv")(image)
+        grouped = {"strides": 2, "padding": "VALID", "feature_group_count": GROUPS}
+        x = nn.Conv(6 * width, window, name="grouped", **grouped)(jnp.tanh(x)).mean((-3, -2))
+        x = jnp.tanh(x) + nn.Embed(20, 6 * width, name="table")(words).mean(-2)
+        return nn.Dense(5 * width, name="fc")(x)
+
+
+def net_peer(width: int = 2) -> Peer:
+    rng = np.random.default_rng(1)
+    image = rng.normal(size=(BATCH, 9, 8, 3 * width)).astype(np.float32)
+    words = rng.integers(0, 20, (BATCH, 4))
+    return Peer(
+        lambda: TorchNet(width),
+        FlaxNet(width),
+        (image, words),
+        {"image": torch.tensor(np.moveaxis(image, -1, 1)), "words": torch.tensor(words)},
+        output=lambda y: y,
+        groups={"grouped": GROUPS},
+    )

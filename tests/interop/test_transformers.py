@@ -27,7 +27,7 @@ llama = hf.models.llama.modeling_flax_llama
 vit = hf.models.vit.modeling_flax_vit
 
 # GPT-2 has a layer of its own, whose kernel is (out, in).
-peft.register_layer(gpt2.FlaxConv1D, equation="...i,oi->...o")
+peft.register_layer(gpt2.FlaxConv1D, equation="...i,oi->...o", bias="bias")
 
 WRAPPERS = {
     nn.Dense: peft.LoRADense,
