@@ -42,6 +42,7 @@ from peft_jax._stored import StoredValues
 from peft_jax._summary import Summary, SummaryRow, summarize
 from peft_jax._trainable import print_trainable_parameters, trainable_mask
 from peft_jax._unfuse import unfuse_params
+from peft_jax.adapters import SharedStack, replicate_layers
 from peft_jax.initializers import (
     collect_covariances,
     get_eva_state_dict,
@@ -81,6 +82,7 @@ __all__ = [
     "PeftModel",
     "PeftType",
     "QuantizationMethod",
+    "SharedStack",
     "SimulateQuantizedConv",
     "SimulateQuantizedDense",
     "SimulateQuantizedDenseGeneral",
@@ -108,6 +110,7 @@ __all__ = [
     "redistribute_ranks",
     "register_layer",
     "replace_lora_weights_loftq",
+    "replicate_layers",
     "simulate_quantize",
     "split_params",
     "subtract_mutated_init",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,15 @@ from peft_jax._config import LoraConfig
 from peft_jax._interceptor import ModuleInterceptor
 from peft_jax._names import DEFAULT, check_adapter_name, is_adapter
 from peft_jax._normalised import init_of_copy
-from peft_jax._registry import layer_type
+from peft_jax._replication import (
+    Replication,
+    given,
+    reading_rules,
+    replicated_model,
+    with_adapters_of,
+)
 from peft_jax._rules import Untouched
+from peft_jax._state import recording
 from peft_jax._target_checks import check_entries
 from peft_jax._targeting import Adapt, Structure, needs_structure, structure
 from peft_jax._targets import is_all_linear, selects, with_targets
@@ -33,15 +41,17 @@ class PeftModel(Transparent):
       peft_config: which layers are adapted, and how.
       adapter_name: of the adapters, which lie at ``lora`` if it is ``default``, else at
         ``lora.<name>``.
-      base_path: of a part of an adapted model: the path of the whole. None: this is the whole.
-      structure: what the config means by the output layer and the embedding, once it is known.
+      _base_path: of a part of an adapted model: the path of the whole. None: this is the whole.
+      _structure: what the config means by the output layer and the embedding, once it is known.
+      _replication: where the config has ``layer_replication``: how ``wrapped`` was made.
     """
 
     _: dataclasses.KW_ONLY
     peft_config: LoraConfig
     adapter_name: str = DEFAULT
-    base_path: tuple[str, ...] | None = None
-    structure: Structure | None = None
+    _base_path: tuple[str, ...] | None = None
+    _structure: Structure | None = None
+    _replication: Replication | None = None
 
     @nn.nowrap
     def init_with_output(
@@ -49,40 +59,37 @@ class PeftModel(Transparent):
     ) -> tuple[Any, Any]:
         """As of any Linen module; raises where an entry of the config matches nothing."""
         model, method = self, self._own_method(method)
-        if needs_structure(self.peft_config) and self.structure is None:
-            given = {name: kwargs[name] for name in kwargs if name not in _OF_INIT}
+        of_method = {name: kwargs[name] for name in kwargs if name not in _OF_INIT}
+        if needs_structure(self.peft_config) and self._structure is None:
 
             def init(rngs: Any, args: Any, kwargs: Any) -> Any:
                 return self.wrapped.init(rngs, *args, method=method, **kwargs).get("params", {})
 
-            found = structure(self.peft_config, init, rngs, args, given)
-            model = self.clone(structure=found)
+            found = structure(self.peft_config, (), init, rngs, args, of_method)
+            model = self.clone(_structure=found)
+        base = None
+        if self._replication is not None and not recording():
+            base = self._replication.base(rngs, *args, method=method, **of_method)
+            method = given(base, method)
         y, variables = super(PeftModel, model).init_with_output(
             rngs, *args, method=method, **kwargs
         )
+        if base is not None:
+            variables = {**variables, "params": with_adapters_of(base, variables["params"])}
         if "params" in variables:
             _check(self.peft_config, variables["params"], self.adapter_name, at_init=True)
         return y, variables
-
-    @nn.nowrap
-    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As of any Linen module."""
-        return super().apply(variables, *args, method=self._own_method(method), **kwargs)
-
-    @nn.nowrap
-    def _own_method(self, method: Any) -> Any:
-        """A method of the wrapped model's class by its name, under which this model has it."""
-        name = getattr(method, "__name__", None)
-        if name is not None and getattr(layer_type(self.wrapped), name, None) is method:
-            return name
-        return method
 
     @nn.nowrap
     def _forward(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = getattr(self.wrapped, method)
         if self.scope is None:
             return run(*args, **kwargs)
-        with ModuleInterceptor(self._adapt(method, args, kwargs)):
+        params = self.scope.variables().get("params", {})
+        rules = (self._adapt(method, args, kwargs), *reading_rules(params, self.scope.path))
+        with contextlib.ExitStack() as stack:
+            for rule in rules:
+                stack.enter_context(ModuleInterceptor(rule))
             return run(*args, **kwargs)
 
     @nn.nowrap
@@ -90,16 +97,16 @@ class PeftModel(Transparent):
         """The rule by which this call is adapted."""
         scope, config = self.scope, self.peft_config
         assert scope is not None
-        base = scope.path if self.base_path is None else self.base_path
+        base = scope.path if self._base_path is None else self._base_path
         adapt = Adapt(config, base, self.adapter_name)
         if self.is_initializing():
-            found = self.structure
+            found = self._structure
             if needs_structure(config) and found is None:
                 init = init_of_copy(self.wrapped, method)
-                found = structure(config, init, scope.rngs, args, kwargs)
+                found = structure(config, base, init, scope.rngs, args, kwargs)
             return adapt if found is None else dataclasses.replace(adapt, **found._asdict())
         params = scope.variables().get("params", {})
-        if self.base_path is None:
+        if self._base_path is None:
             _check(config, params, self.adapter_name, at_init=False)
         return adapt.for_params(params)
 
@@ -122,8 +129,8 @@ class PeftModel(Transparent):
             wrapped=value,
             peft_config=self.peft_config,
             adapter_name=self.adapter_name,
-            base_path=self.scope.path if self.base_path is None else self.base_path,
-            structure=self.structure,
+            _base_path=self.scope.path if self._base_path is None else self._base_path,
+            _structure=self._structure,
         )
 
 
@@ -148,8 +155,13 @@ def get_peft_model(
     magnitude of DoRA; ``init_lora_weights`` of pissa, olora, loftq, corda) or at data (eva, corda)
     is set by `init_lora_weights` from the weights that the model is to have.
 
+    ``layer_replication`` makes the model larger: the number of layers is the model's one attribute
+    of that meaning, or its ``config``'s (see `replicated_model`). ``init`` then draws the smaller
+    model's base, and lays it out as `replicate_layers` does pretrained parameters.
+
     Whether an entry of the config matches nothing is judged by the whole parameter tree: by the
-    one that ``init`` makes, and by the one that ``apply`` is given.
+    one that ``init`` makes, and by the one that ``apply`` is given. (Of a model inside another
+    module by the latter alone, for what ``init`` makes is not complete before the outer one ends.)
 
     Args:
       model: a Linen module; also one inside another module. (Of a ``transformers`` Flax model,
@@ -159,7 +171,8 @@ def get_peft_model(
 
     Raises:
       ValueError: where the model is none, the config is none, or ``target_modules`` is None and
-        the model's ``config.model_type`` is not known.
+        the model's ``config.model_type`` is not known; or where it is not clear how many layers a
+        model has that ``layer_replication`` makes larger.
     """
     if not isinstance(model, nn.Module):
         inner = getattr(model, "module", None)
@@ -174,7 +187,15 @@ def get_peft_model(
         )
     check_adapter_name("get_peft_model", adapter_name)
     config = with_targets(peft_config, _model_type(model))
-    return PeftModel(wrapped=model, peft_config=config, adapter_name=adapter_name)
+    replication = None
+    if config.layer_replication:
+        model, replication = replicated_model(model, config.layer_replication)
+    return PeftModel(
+        wrapped=model,
+        peft_config=config,
+        adapter_name=adapter_name,
+        _replication=replication,
+    )
 
 
 def _model_type(model: nn.Module) -> str | None:
