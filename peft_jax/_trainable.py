@@ -86,7 +86,8 @@ def print_trainable_parameters(params: Any, config: LoraConfig | None = None) ->
     """Prints how many parameters are trained, of how many; see `trainable_mask`.
 
     ``trainable params: X || all params: Y || trainable%: Z || matched modules: N of M``. Weights
-    that are stored in few bits count by the numbers that they stand for. M are the modules that
+    that are stored in few bits count by the numbers that they stand for, and arrays that several
+    layers share count once. M are the modules that
     hold a weight of two or more axes, N those of them with an adapter.
     """
     print(trainable_parameters(params, config))
@@ -94,12 +95,13 @@ def print_trainable_parameters(params: Any, config: LoraConfig | None = None) ->
 
 def trainable_parameters(params: Any, config: LoraConfig | None = None) -> str:
     """The line that `print_trainable_parameters` prints."""
-    mask = trainable_mask(params, config)
-    sizes = jax.tree.map(_size, without_scales(params), is_leaf=_is_one)
-    trained = jax.tree.map(
-        lambda n, m: n if all(jax.tree.leaves(m)) else 0, sizes, without_scales(mask, params)
-    )
-    total, count = sum(jax.tree.leaves(sizes)), sum(jax.tree.leaves(trained))
+    mask = _without_scales(trainable_mask(params, config), params)
+    nodes = jax.tree.leaves(_without_scales(params, params), is_leaf=_is_one)
+    trained = [all(jax.tree.leaves(m)) for m in jax.tree.leaves(mask, is_leaf=_is_one)]
+    # An array that several layers share counts once.
+    sizes = {id(_leaf(node)): _size(node) for node in nodes}
+    counted = {id(_leaf(node)): _size(node) for node, t in zip(nodes, trained, strict=True) if t}
+    total, count = sum(sizes.values()), sum(counted.values())
     layers = [layer for _, layer in containers(params) if _has_weight(layer)]
     matched = sum(any(is_adapter(k, v) for k, v in layer.items()) for layer in layers)
     return (
@@ -108,13 +110,12 @@ def trainable_parameters(params: Any, config: LoraConfig | None = None) -> str:
     )
 
 
-def without_scales(tree: Any, like: Any = None) -> Any:
-    """The tree without the scales of stored values, or without what lies in their places."""
-    like = tree if like is None else like
+def _without_scales(tree: Any, like: Any) -> Any:
+    """The tree without what lies in the places where another holds scales of stored values."""
     if not is_branch(like) or as_stored(like) is not None:
         return tree
     scales, pairs = scales_in(like), zip(children(tree), children(like), strict=True)
-    kept = {key: without_scales(a, b) for (key, a), (_, b) in pairs if key not in scales}
+    kept = {key: _without_scales(a, b) for (key, a), (_, b) in pairs if key not in scales}
     return rebuild(tree, kept)
 
 
@@ -123,8 +124,15 @@ def _is_one(node: Any) -> bool:
     return as_stored(node) is not None or isinstance(node, meta.AxisMetadata)
 
 
-def _size(value: Any) -> int:
-    return math.prod(weight_shape(meta.unbox(value)))
+def _leaf(node: Any) -> Any:
+    """The one array of a parameter, in its box or not."""
+    return jax.tree.leaves(node)[0]
+
+
+def _size(node: Any) -> int:
+    """How many numbers a parameter stands for; a stack that is read several times counts once."""
+    stored = as_stored(node)
+    return math.prod(weight_shape(_leaf(node)) if stored is None else stored.shape)
 
 
 def _has_weight(layer: Any) -> bool:
