@@ -80,7 +80,7 @@ class Summary:
                 f"{row.adapter_bytes:,d}",
             )  # fmt: skip
         total = sum(row.adapter_bytes for row in self.rows)
-        console = Console(width=180, file=io.StringIO(), color_system=None)
+        console = Console(width=180, file=io.StringIO(), color_system=None, force_jupyter=False)
         console.print(table)
         console.print(f"{len(self.rows)} adapters, {total:,d} bytes")
         if self.left_alone:

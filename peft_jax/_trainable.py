@@ -33,8 +33,8 @@ def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
           {"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}, labels
       )
 
-    To save the work of the frozen gradients too, differentiate by the adapters alone
-    (`split_params`).
+    To save the work of the frozen gradients too, and for bases that are stored in few bits, which
+    have no gradients, differentiate by the adapters alone (`split_params`).
 
     Args:
       params: of the adapted model: nested dicts, FrozenDicts, lists and tuples.

@@ -31,7 +31,9 @@ def collect_covariances(
     """``C = mean(X^T X)`` of each adapted layer, for ``init_lora_weights(method="corda")``.
 
     ``X (rows, in)`` is what one call of the layer multiplies its weight by, divided by the
-    magnitude of its largest number; the mean is over calls. CorDA,
+    magnitude of its largest number; the mean is over calls, so that ``C`` grows with the rows of
+    a call. A multiple of ``C`` leaves ``a·b`` as it is and shifts size between ``a`` and ``b``,
+    which an optimizer such as Adam may feel: ``C / trace(C)`` balances them. CorDA,
     https://arxiv.org/abs/2406.05223, section 3.1.
 
     Args:
