@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ def fast_pissa(target: Target) -> Start:
     return _split(target, u, s, v)
 
 
+@jax.jit(static_argnames=("rank", "iterations"))  # once for all weights of a shape
 def randomised_svd(
     matrices: Array, rank: int, iterations: int, key: Array
 ) -> tuple[Array, Array, Array]:
@@ -81,7 +83,7 @@ def corda(target: Target) -> Start:
     """
     _, _, inputs, outputs = target.view.matrix_shape
     covariance = target.statistics().astype(target.weight.dtype)
-    damped, inverse = jax.vmap(jax.vmap(_damped_inverse))(covariance)
+    damped, inverse = _damped_inverse(covariance)
     u, s, v = jnp.linalg.svd(target.matrices.mT @ damped, full_matrices=False)
     v = v @ inverse
     if target.config.corda_method == "kpm":
@@ -90,6 +92,8 @@ def corda(target: Target) -> Start:
     return _split(target, v.mT, s, u.mT)
 
 
+@jax.jit
+@functools.partial(jnp.vectorize, signature="(n,n)->(n,n),(n,n)")
 def _damped_inverse(covariance: Array) -> tuple[Array, Array]:
     """``C + damping * mean(diag(C)) * I``, with the least damping that will do, and its inverse.
 
