@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from peft_jax._config import LoraConfig
 from peft_jax._interceptor import ModuleInterceptor
-from peft_jax._names import DEFAULT, check_adapter_name, is_adapter
+from peft_jax._names import DEFAULT, TOKENS, check_adapter_name, is_adapter
 from peft_jax._normalised import init_of_copy
 from peft_jax._replication import (
     Replication,
@@ -24,8 +24,8 @@ from peft_jax._rules import Untouched
 from peft_jax._state import recording
 from peft_jax._target_checks import check_entries
 from peft_jax._targeting import Adapt, Structure, needs_structure, structure
-from peft_jax._targets import is_all_linear, selects, with_targets
-from peft_jax._trees import children, containers, is_branch, named_adapters
+from peft_jax._targets import is_all_linear, selects, selects_parameter, with_targets
+from peft_jax._trees import children, containers, is_branch, named_adapters, slashed
 from peft_jax._wrapper import Transparent
 
 
@@ -222,4 +222,26 @@ def _check(config: LoraConfig, params: Any, adapter_name: str, *, at_init: bool)
                 "its own `init`, or add adapters to the base's parameters by `peft.merge_params`."
             )
         adapted += [path for path, _ in tree if not is_all_linear(config) and selects(config, path)]
-    check_entries(config, [path for path, _ in tree], adapted, parameters)
+    targeted = [path for path in adapted if selects(config, path)]
+    check_entries(config, [path for path, _ in tree], targeted, parameters)
+    if not at_init:
+        _refuse_unused(config, tree, adapter_name)
+
+
+def _refuse_unused(config: LoraConfig, tree: list[tuple[Any, Any]], adapter_name: str) -> None:
+    """Adapters that a config by names means no layer by."""
+    if is_all_linear(config):
+        return
+    for path, layer in tree:
+        names = named_adapters(layer, adapter_name)
+        by_name = selects(config, path) or any(
+            selects_parameter(config, (*path, str(key))) for key in layer
+        )
+        by_tokens = config.trainable_token_indices is not None
+        unused = [n for n in names if not (by_tokens if n.startswith(TOKENS) else by_name)]
+        if unused:
+            raise ValueError(
+                f"The parameters hold an adapter at '{slashed((*path, unused[0]))}', which this "
+                "config means no layer by, so that it would take no part. Give the config that it "
+                "was made by, or take it off; if it is another's, give this one an adapter_name."
+            )

@@ -112,6 +112,7 @@ def make_adapter(
             f"The adapter of '{call.path}' is named {name!r}, but the module has a child or a "
             "parameter of this name. Rename the module's own."
         )
+    _refuse_unused(call, name, taken, settings)
     names = [field.name for field in dataclasses.fields(settings)]
     shared = {name: getattr(settings, name) for name in names if name != "adapter_name"}
     return cls(
@@ -122,6 +123,16 @@ def make_adapter(
         parent=scope.push(name, reuse=True),
         name=name,
     )
+
+
+def _refuse_unused(call: Call, name: str, taken: Any, settings: Settings) -> None:
+    """Arrays that this rule would pass over in silence."""
+    for leaf, field in {"magnitude": "use_dora", "bias": "lora_bias"}.items():
+        if isinstance(taken, Mapping) and leaf in taken and not getattr(settings, field):
+            raise ValueError(
+                f"The adapter at '{call.path}/{name}' has a {leaf}, which takes no part without "
+                f"{field}=True. Set it, or give the parameters that were made for this rule."
+            )
 
 
 def refuse_another_equation(call: Call, equation: str, kind: str) -> None:

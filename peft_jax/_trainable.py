@@ -10,7 +10,7 @@ import jax
 from flax.core import meta
 
 from peft_jax._config import LoraConfig
-from peft_jax._names import is_adapter
+from peft_jax._names import is_adapter, named_as
 from peft_jax._stored import as_stored, weight_shape
 from peft_jax._stored_trees import scales_in
 from peft_jax._target_checks import check_saved
@@ -18,7 +18,9 @@ from peft_jax._targets import is_saved
 from peft_jax._trees import Path, children, containers, is_branch, rebuild, slashed
 
 
-def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
+def trainable_mask(
+    params: Any, config: LoraConfig | None = None, *, adapter_name: str | None = None
+) -> Any:
     """A tree of booleans, of the structure of ``params``: what is trained, for ``optax``.
 
     Trained are all adapters with their magnitudes, biases and token rows; by ``config.bias`` the
@@ -39,6 +41,7 @@ def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
     Args:
       params: of the adapted model: nested dicts, FrozenDicts, lists and tuples.
       config: None: adapters alone.
+      adapter_name: of the adapters that are trained; None: all.
 
     Raises:
       ValueError: where an entry of ``modules_to_save`` matches nothing, or nothing is trained.
@@ -50,16 +53,19 @@ def trainable_mask(params: Any, config: LoraConfig | None = None) -> Any:
         )
     if config is not None:
         check_saved(config, [path for path, _ in containers(params)])
-    mask = _mask(params, config, (), False)
+    mask = _mask(params, config, adapter_name, (), False)
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            "trainable_mask: nothing in the parameters is trained: they hold no adapter. Give "
-            "those of the adapted model."
+            "trainable_mask: nothing in the parameters is trained: they hold no adapter"
+            f"{'' if adapter_name is None else f' named {adapter_name!r}'}. Give those of the "
+            "adapted model."
         )
     return mask
 
 
-def _mask(tree: Any, config: LoraConfig | None, path: Path, saved: bool) -> Any:
+def _mask(
+    tree: Any, config: LoraConfig | None, adapter_name: str | None, path: Path, saved: bool
+) -> Any:
     if not is_branch(tree) or as_stored(tree) is not None:
         if saved and as_stored(meta.unbox(tree)) is not None:
             raise ValueError(
@@ -74,15 +80,18 @@ def _mask(tree: Any, config: LoraConfig | None, path: Path, saved: bool) -> Any:
     marked: dict[Any, Any] = {}
     for key, value in children(tree):
         if isinstance(tree, Mapping) and is_adapter(key, value):
-            marked[key] = jax.tree.map(lambda _: True, value)
+            own = adapter_name in (None, named_as(key))
+            marked[key] = jax.tree.map(lambda _, own=own: own, value)
         elif key == "bias" and not is_branch(value):
             marked[key] = jax.tree.map(lambda _: of_bias, value)
         else:
-            marked[key] = _mask(value, config, (*path, str(key)), saved)
+            marked[key] = _mask(value, config, adapter_name, (*path, str(key)), saved)
     return rebuild(tree, marked)
 
 
-def print_trainable_parameters(params: Any, config: LoraConfig | None = None) -> None:
+def print_trainable_parameters(
+    params: Any, config: LoraConfig | None = None, *, adapter_name: str | None = None
+) -> None:
     """Prints how many parameters are trained, of how many; see `trainable_mask`.
 
     ``trainable params: X || all params: Y || trainable%: Z || matched modules: N of M``. Weights
@@ -90,12 +99,14 @@ def print_trainable_parameters(params: Any, config: LoraConfig | None = None) ->
     layers share count once. M are the modules that
     hold a weight of two or more axes, N those of them with an adapter.
     """
-    print(trainable_parameters(params, config))
+    print(trainable_parameters(params, config, adapter_name))
 
 
-def trainable_parameters(params: Any, config: LoraConfig | None = None) -> str:
+def trainable_parameters(
+    params: Any, config: LoraConfig | None = None, adapter_name: str | None = None
+) -> str:
     """The line that `print_trainable_parameters` prints."""
-    mask = _without_scales(trainable_mask(params, config), params)
+    mask = _without_scales(trainable_mask(params, config, adapter_name=adapter_name), params)
     nodes = jax.tree.leaves(_without_scales(params, params), is_leaf=_is_one)
     trained = [all(jax.tree.leaves(m)) for m in jax.tree.leaves(mask, is_leaf=_is_one)]
     # An array that several layers share counts once.

@@ -248,8 +248,17 @@ def test_bad_input():
     mask = {"mask_fn": lambda batch, config: jnp.ones((3, 2))}
     with pytest.raises(ValueError, match="mask of shape"):
         peft.get_eva_state_dict(model, params, [x], config, **mask)
+    with pytest.raises(ValueError, match="Set it to 'eva'"):
+        peft.initialize_lora_eva_weights(adapted(model), params, [x], key=KEY)
+    eva = adapted(model, r=4, init_lora_weights="eva")
     with pytest.raises(ValueError, match="one of them"):
-        peft.initialize_lora_eva_weights(adapted(model), params, key=KEY)
+        peft.initialize_lora_eva_weights(eva, params, key=KEY)
+    with pytest.raises(ValueError, match="saw 4 inputs"):
+        peft.get_eva_state_dict(eva, params, [x])
+    with pytest.raises(ValueError, match=re.escape("Write [batch]")):
+        peft.get_eva_state_dict(eva, params, {"x": x})
+    with pytest.raises(ValueError, match="does not take this batch"):
+        peft.get_eva_state_dict(eva, params, [(x, x)], specs=peft.lora_specs(eva, x))
     with pytest.raises(ValueError, match="not finite"):
         peft.collect_covariances(model, params, [x * jnp.nan], config)
 

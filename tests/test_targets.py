@@ -204,7 +204,7 @@ def test_tokens():
     assert tokens_of(config, ("wte",), is_table=True) == (3, 1)
     assert tokens_of(config, ("wpe",), is_table=False) == ()
     config = LoraConfig(trainable_token_indices={"enc/wte": [3, 1], "wpe": [0]})
-    assert tokens_of(config, path("model.enc.wte"), is_table=False) == (1, 3)
+    assert tokens_of(config, path("model.enc.wte"), is_table=False) == (3, 1)
     assert tokens_of(config, path("model.dec.wte"), is_table=True) == ()
     assert tokens_of(LoraConfig(), ("wte",), is_table=True) == ()
 

@@ -65,11 +65,12 @@ def get_eva_state_dict(
     """The components of each adapted layer's inputs, by EVA (https://arxiv.org/abs/2410.07170).
 
     The rows that a layer multiplies its weight by are decomposed incrementally (Ross et al., 2008,
-    section 2), batch after batch, until all components that are needed keep their direction from
-    one batch to the next (cosine of at least ``tau``) or the data ends. Ranks are then given to the
-    components that explain most of the variance of their layer, over all layers: as many as the
-    config has in sum, and to one layer at most ``rho`` times its own. Layers of a stack share one
-    rank, by their mean.
+    section 2), ``rho * r`` components at a time, batch after batch, until all components that are
+    needed keep their direction from one batch to the next (cosine of at least ``tau``) or the data
+    ends. Larger batches, and a larger ``rho``, lose less. Ranks are then given to the components
+    that explain most of the variance of their layer, over all layers: as many as the config has in
+    sum, and to one layer at most ``rho`` times its own. Layers of a stack share one rank, by their
+    mean.
 
     Args:
       model: from `get_peft_model`, or a plain model with ``peft_config``.
@@ -118,6 +119,12 @@ def get_eva_state_dict(
         if all(settled):
             break
     bar.close()
+    for path, state in states.items():
+        if float(jnp.min(state.seen)) <= ranks[path]:
+            raise ValueError(
+                f"EVA saw {int(jnp.min(state.seen))} inputs of '{path}', which do not tell "
+                f"{ranks[path]} directions around their mean. Give more data."
+            )
     return {path: _cut(state, ranks[path], eva.whiten) for path, state in states.items()}
 
 
@@ -196,6 +203,12 @@ def initialize_lora_eva_weights(
         raise ValueError(
             f"initialize_lora_eva_weights takes a model from `get_peft_model`, got "
             f"{type(model).__name__}."
+        )
+    if model.peft_config.init_lora_weights != "eva":
+        raise ValueError(
+            "initialize_lora_eva_weights starts the adapters by EVA, but "
+            f"LoraConfig.init_lora_weights = {model.peft_config.init_lora_weights!r}. Set it to "
+            "'eva'."
         )
     if (dataloader is None) == (eva_state_dict is None):
         raise ValueError(

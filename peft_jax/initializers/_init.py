@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from peft_jax._config import LoraConfig
 from peft_jax._names import is_adapter
 from peft_jax._params import Specs, split_params
 from peft_jax._specs import LoraSpec
@@ -22,7 +23,12 @@ from peft_jax.initializers._parameters import (
     refuse_shared,
     with_leaves,
 )
-from peft_jax.initializers._table import Initializer, find_initializer, settings_of
+from peft_jax.initializers._table import (
+    Initializer,
+    find_initializer,
+    method_of,
+    settings_of,
+)
 from peft_jax.initializers._target import Start, Target
 
 Array = jax.Array
@@ -93,7 +99,7 @@ def init_lora_weights(
       key: from ``jax.random.key``.
       method: see the table; ``init_lora_weights`` of a `LoraConfig`.
       config: a `LoftQConfig`, `EvaConfig` or `CordaConfig` for the method of that name; None: its
-        defaults.
+        defaults. Or the whole `LoraConfig`, which says the method too: leave that out then.
       statistics: by the adapter's path (the keys of ``specs``), for ``eva`` components ``(r or
         more, in)`` from `get_eva_state_dict`, for ``corda`` covariances ``(in, in)`` from
         `collect_covariances`; axes of the stack (outermost first) and of the batch stand in front.
@@ -112,6 +118,8 @@ def init_lora_weights(
         takes part of a weight that is stored in few bits; ranks are odd (``orthogonal``), scalings
         zero (``pissa``, ``corda``, ``loftq``); and, outside of ``jax.jit``, results not finite.
     """
+    if isinstance(config, LoraConfig):
+        method, config = method_of(config, method)
     row, iterations = find_initializer(method)
     settings = settings_of(row, method, config)
     _check(base, specs, key)

@@ -61,7 +61,10 @@ def _quantized(target: Target, weight: Array, config: LoftQConfig) -> tuple[Arra
     try:
         stored = quantize_checkpoint(tree, method=method, specs={name: _layer_spec(target.view)})
     except ValueError as error:
-        raise ValueError(f"init_lora_weights: LoftQ cannot quantize {error}") from error
+        raise ValueError(
+            f"init_lora_weights: LoftQ cannot quantize {error} Here that is "
+            "LoftQConfig(method=...), or exclude_modules of the config."
+        ) from error
     restored = meta.unbox(dequantize_checkpoint(stored, dtype=weight.dtype)[name])
     (restored,), _ = without_explicit_axes(restored)
     return restored, (stored[name], stored["scale"])

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from flax.errors import ScopeCollectionNotFound
 from flax.typing import Array
 
 from peft_jax._equation import BATCH_IN_B, parse_equation
@@ -316,7 +317,14 @@ def default_forward(model: nn.Module) -> Forward:
 
     def forward(params: Any, batch: Any) -> Any:
         args, kwargs = arguments(batch)
-        return model.apply({"params": params}, *args, **kwargs)
+        try:
+            return model.apply({"params": params}, *args, **kwargs)
+        except (TypeError, ScopeCollectionNotFound) as error:
+            raise ValueError(
+                f"{type(model).__name__} does not take this batch by itself ({error}). A batch is "
+                "a dict of the model's arguments, a tuple of them, or the only one; for anything "
+                "else, and for further collections, pass forward_fn(model, params, batch)."
+            ) from error
 
     return forward
 
@@ -334,6 +342,11 @@ def batches_of(dataloader: Iterable[Any]) -> Iterator[Any]:
     Raises:
       ValueError: where there are none.
     """
+    if isinstance(dataloader, Mapping | str) or hasattr(dataloader, "shape"):
+        raise ValueError(
+            f"The dataloader is an iterable of batches, got one {type(dataloader).__name__}. Write "
+            "[batch]."
+        )
     empty = True
     for batch in dataloader:
         empty = False

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from peft_jax._params import Specs, check_specs, split_params
@@ -76,8 +77,13 @@ def replace_lora_weights_loftq(
             for name, array in {"a": a, "b": b}.items()
         }
         candidate = with_leaves(params, leaves, {})
-        if callback is None or callback(candidate, path):
-            params = candidate
+        keep = True if callback is None else callback(candidate, path)
+        if not isinstance(keep, bool | np.bool_):
+            raise ValueError(
+                f"{_CALLER}: the callback says whether the adapter at '{path}' is kept, by True or "
+                f"False, got {keep!r:.100}."
+            )
+        params = candidate if keep else params
     return params
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft_jax._config import LoraConfig
 from peft_jax._config_parts import CordaConfig, EvaConfig, LoftQConfig
 from peft_jax.initializers._decompositions import corda, fast_pissa, olora, pissa
 from peft_jax.initializers._draws import drawn, eva
@@ -72,6 +73,26 @@ def find_initializer(method: Any) -> tuple[Initializer, int]:
         f"init_lora_weights: method={method!r} is none of True, False and {names} (N is a number)."
         + (f" Close names: {close}." if close else "")
     )
+
+
+def method_of(config: LoraConfig, method: Any) -> tuple[Any, Any]:
+    """The method that a config says, and the settings of that method.
+
+    Raises:
+      ValueError: where another method is asked for.
+    """
+    said = config.init_lora_weights
+    if method is not True and method != said:
+        raise ValueError(
+            f"init_lora_weights: method={method!r}, but LoraConfig.init_lora_weights = {said!r}. "
+            "Leave method out, or pass the settings of this method alone as config."
+        )
+    settings = {
+        "loftq": config.loftq_config,
+        "eva": config.eva_config,
+        "corda": config.corda_config,
+    }
+    return said, settings.get(str(said))
 
 
 def settings_of(row: Initializer, method: Any, config: Any) -> Any:
