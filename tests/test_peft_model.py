@@ -229,7 +229,10 @@ def adapt(model, adapter_name="default", **fields):
 
 
 def check(model, adapted, *inputs, method=None, identity=True):
-    """The base is the plain model's bit for bit, and fused equals adapted for drawn adapters."""
+    """The base is the plain model's, and fused equals adapted for drawn adapters.
+
+    It is the same bit for bit, but for what XLA fuses with the drawing, such as DoRA's norms.
+    """
     specs = peft.lora_specs(adapted, *inputs, method=method)
 
     @compiled
@@ -247,7 +250,7 @@ def check(model, adapted, *inputs, method=None, identity=True):
         return plain, base, params, outputs
 
     plain, base, params, (before, start, output, on_fused) = program()
-    chex.assert_trees_all_equal(plain, base)
+    chex.assert_trees_all_close(plain, base, rtol=0, atol=1e-6 if "dora" in str(specs) else 0)
     if identity:
         assert_close(start, before, 1e-5)
     assert_close(output, on_fused, 1e-4)
