@@ -157,7 +157,10 @@ BY_HAND = ("scan -1", "vmap 0", "remat", "jit", "scan of vmap")
 
 @pytest.mark.parametrize(
     ("lift", "how"),
-    [*((lift, "interceptor") for lift in LIFTS), *((lift, "by hand") for lift in BY_HAND)],
+    [
+        *((lift, "interceptor") for lift in LIFTS),
+        *(pytest.param(lift, "by hand", marks=pytest.mark.slow) for lift in BY_HAND),
+    ],
 )
 def test_every_layer_under_a_lift(lift, how):
     lift, axes = LIFTS[lift]

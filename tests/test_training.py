@@ -97,7 +97,7 @@ INITIALISERS = {
     "corda": Case(2.0),
     "loftq": Case(2.0, {"loftq_config": LOFTQ}, stored="int4"),
 }
-QUICK = ("lora", "rslora", "dora", "lora bias", "pissa")
+QUICK = ("lora", "dora", "pissa")
 
 
 def each(cases):
