@@ -11,6 +11,7 @@ from flax import linen as nn
 
 import peft_jax as peft
 from peft_jax._matrices import MatrixView
+from peft_jax._targets import rank_of
 from peft_jax.initializers._observe import Observation, Observer
 
 KEY = jax.random.key(0)
@@ -196,6 +197,38 @@ def test_a_layer_may_lose_its_adapter_and_a_stack_keeps_one_rank():
     new = peft.redistribute_ranks(config, state)
     assert new.target_modules == ("b", "layers")
     assert (new.rank_pattern, new.alpha_pattern) == ({"b": 4}, {"b": 8})
+
+
+def test_names_that_end_like_others_keep_their_own_ranks():
+    config = peft.LoraConfig(
+        r=2, target_modules="all-linear", init_lora_weights="eva", lora_alpha=4
+    )
+    ranks = {"up": 3, "a/up": 2, "b/a/up": 1, "down": 2}
+    state = {f"{path}/lora": jnp.zeros((rank, 4)) for path, rank in ranks.items()}
+    new = peft.redistribute_ranks(config, state)
+    assert {path: rank_of(new, tuple(path.split("/"))) for path in ranks} == ranks
+    assert "down" not in new.rank_pattern
+
+
+def test_data_without_an_end_and_rows_of_tokens():
+    class Text(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return nn.Dense(3, name="dense")(nn.Embed(9, FEATURES, name="table")(ids))
+
+    model, ids = Text(), jnp.arange(9)[None]
+    eva = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=2, target_modules=["dense"], init_lora_weights="eva", trainable_token_indices=[1]
+        ),
+    )
+    params = model.init(KEY, ids)["params"]
+    found = peft.initialize_lora_eva_weights(eva, params, itertools.cycle([ids]), key=KEY)
+    rows = found.params["table"]["lora_tokens"]["rows"]
+    np.testing.assert_array_equal(rows, params["table"]["embedding"][1:2])
+    plain = model.apply({"params": params}, ids)
+    np.testing.assert_allclose(found.model.apply({"params": found.params}, ids), plain, atol=1e-6)
 
 
 def test_it_stops_when_components_have_settled():

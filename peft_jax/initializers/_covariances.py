@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
 from peft_jax._params import split_params
-from peft_jax.initializers._eva import Specs, adapted_model, forward_of, specs_of
+from peft_jax.initializers._eva import Specs, adapted_model, factored, forward_of, specs_of
 from peft_jax.initializers._observe import Observation, Observer, batches_of
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def collect_covariances(
     total: dict[str, Any] = {}
     for batch in tqdm(batches_of(dataloader), desc="covariances", disable=not progress):
         if observer is None:
-            specs = specs_of(peft_model, batch, forward_fn) if specs is None else specs
+            specs = factored(specs or specs_of(peft_model, batch, forward_fn))
             observer = Observer(forward_of(peft_model, forward_fn), base, specs, how)
         found = observer(batch)
         total = jax.tree.map(jnp.add, total, found) if total else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from peft_jax._model import lora_specs
 from peft_jax._params import merge_params, split_params
 from peft_jax._peft_model import PeftModel, get_peft_model
 from peft_jax._specs import LoraSpec
-from peft_jax._targets import alpha_of, rank_of
+from peft_jax._targets import alpha_of, rank_of, scaling_of
 from peft_jax.initializers._init import init_lora_weights
 from peft_jax.initializers._observe import (
     Observation,
@@ -104,7 +105,7 @@ def get_eva_state_dict(
     bar = tqdm(batches_of(dataloader), desc="eva", disable=not progress)
     for batch in bar:
         if observer is None:
-            specs = specs or specs_of(peft_model, batch, forward_fn)
+            specs = factored(specs or specs_of(peft_model, batch, forward_fn))
             observer = Observer(forward_of(peft_model, forward_fn), base, specs, Observation())
             limits = {path: round(spec.rank * eva.rho) for path, spec in specs.items()}
         mask = (mask_fn or language_mask)(batch, eva)
@@ -133,13 +134,16 @@ def redistribute_ranks(peft_config: LoraConfig, eva_state_dict: Mapping[str, Arr
 
     ``rank_pattern`` names every layer whose rank is not ``r``; ``target_modules`` become the paths
     of the layers with a rank above 0. With ``adjust_scaling_factors``, alphas grow as the ranks do,
-    so that the scalings stay.
+    so that ``alpha / r`` stays.
     """
     eva = peft_config.eva_config or EvaConfig()
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     modules: list[str] = []
-    for path, components in eva_state_dict.items():
+    # A name is a pattern for all that end so: the longer ones come first, and none is left to it.
+    ends = {tuple(path.split("/"))[:-1] for path in eva_state_dict}
+    suffixes = {end for end in ends if any(end == m[-len(end) :] for m in ends - {end})}
+    for path, components in sorted(eva_state_dict.items(), key=lambda item: -item[0].count("/")):
         module = tuple(path.split("/"))[:-1]
         rank, before = int(np.shape(components)[-2]), rank_of(peft_config, module)
         if rank == 0:
@@ -148,9 +152,10 @@ def redistribute_ranks(peft_config: LoraConfig, eva_state_dict: Mapping[str, Arr
         alpha = alpha_of(peft_config, module)
         if eva.adjust_scaling_factors and rank != before:
             alpha = alpha * rank / before
-        if rank != peft_config.r:
+        told = any(end == module[-len(end) :] for end in suffixes)
+        if told or rank != peft_config.r:
             rank_pattern[modules[-1]] = rank
-        if alpha != peft_config.lora_alpha:
+        if told or alpha != peft_config.lora_alpha:
             alpha_pattern[modules[-1]] = alpha
     return dataclasses.replace(
         peft_config,
@@ -216,8 +221,10 @@ def initialize_lora_eva_weights(
             "`get_eva_state_dict` found: one of them."
         )
     if specs is None and dataloader is not None:
-        dataloader = list(dataloader) if not hasattr(dataloader, "__len__") else dataloader
-        specs = specs_of(model, next(batches_of(dataloader)), options.get("forward_fn"))
+        batches = batches_of(dataloader)  # which may have no end, or be read but once
+        first = next(batches)
+        specs = specs_of(model, first, options.get("forward_fn"))
+        dataloader = itertools.chain([first], batches)
     if specs is None:
         raise ValueError(
             "initialize_lora_eva_weights needs the specs of the adapters with a state: pass "
@@ -226,14 +233,20 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         assert dataloader is not None
         eva_state_dict = get_eva_state_dict(model, params, dataloader, specs=specs, **options)
+    missing = sorted(set(factored(specs)) - set(eva_state_dict))
+    if missing:
+        raise ValueError(
+            f"initialize_lora_eva_weights: the state says nothing of {missing[:5]}. Give the state "
+            "of this model."
+        )
     config = redistribute_ranks(model.peft_config, eva_state_dict)
     adapted = get_peft_model(model.wrapped, config, model.adapter_name)
     ranked = {
-        path: _with_rank(spec, eva_state_dict[path].shape[-2], config)
+        path: spec if spec.variant == "tokens" else _ranked(path, spec, config)
         for path, spec in specs.items()
-        if path in eva_state_dict and eva_state_dict[path].shape[-2]
+        if spec.variant == "tokens" or np.shape(eva_state_dict[path])[-2]
     }
-    kept = {path: eva_state_dict[path] for path in ranked}
+    kept = {path: eva_state_dict[path] for path in factored(ranked)}
     base, lora = init_lora_weights(
         split_params(params).original,
         ranked,
@@ -245,15 +258,15 @@ def initialize_lora_eva_weights(
     return EvaInitialized(adapted, merge_params(base, lora))
 
 
-def _with_rank(spec: LoraSpec, rank: int, config: LoraConfig) -> LoraSpec:
-    alpha = spec.alpha
-    eva = config.eva_config or EvaConfig()
-    if alpha is not None and eva.adjust_scaling_factors:
-        alpha = alpha * rank / spec.rank
-    if alpha is None:
-        return dataclasses.replace(spec, rank=rank)
-    divisor = rank**0.5 if config.use_rslora else rank
-    return dataclasses.replace(spec, rank=rank, alpha=alpha, scaling=alpha / divisor)
+def _ranked(path: str, spec: LoraSpec, config: LoraConfig) -> LoraSpec:
+    """The spec of an adapter by another config."""
+    module = tuple(path.split("/"))[:-1]
+    return dataclasses.replace(
+        spec,
+        rank=rank_of(config, module),
+        alpha=alpha_of(config, module),
+        scaling=scaling_of(config, module),
+    )
 
 
 def language_mask(batch: Any, config: EvaConfig) -> Array | None:
@@ -296,8 +309,12 @@ def specs_of(model: PeftModel, batch: Any, forward_fn: Any) -> Specs:
             "specs=peft.lora_specs(model, *inputs)."
         )
     args, kwargs = arguments(batch)
-    found = lora_specs(model, *args, **kwargs)
-    return {path: spec for path, spec in found.items() if spec.variant != "tokens"}
+    return lora_specs(model, *args, **kwargs)
+
+
+def factored(specs: Specs) -> dict[str, LoraSpec]:
+    """The specs of adapters that have factors, rather than rows of a table."""
+    return {path: spec for path, spec in specs.items() if spec.variant != "tokens"}
 
 
 # --- Incremental principal components ------------------------------------------------------------
