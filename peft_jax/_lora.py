@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 
-from peft_jax._adapters import DEFAULT_A_INIT, DEFAULT_B_INIT, check_settings
+from peft_jax._adapter import DEFAULT_A_INIT, DEFAULT_B_INIT, check_settings
 from peft_jax._lora_rules import LoRARule
 from peft_jax._names import DEFAULT, check_adapter_name
 from peft_jax._placed import Settings

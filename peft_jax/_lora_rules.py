@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from flax.typing import Array
 
-from peft_jax._adapters import (
-    LoRAAdapter,
-)
+from peft_jax._adapter import LoRAAdapter
 from peft_jax._einsum import widest
 from peft_jax._equation import parse_equation
 from peft_jax._low_rank import add_once, scaled_along
@@ -204,7 +202,6 @@ def _delta(rule: LoRARule, call: Call, layer: Layer, y: Array, x: Array) -> Arra
 
 def _shift(rule: LoRARule, call: Call, layer: Layer, y: Array) -> Array:
     """The adapter's own bias, as it joins the output ``y``."""
-    assert call.weight is not None
     text = layer.equation(call)
     equation = parse_equation(text)
     stored: Any = call.module.get_variable("params", layer.param)

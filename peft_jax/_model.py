@@ -126,8 +126,7 @@ class _RecordingRule(Rule):
 
     def read(self, call: Call, name: str, make: Init, read: Callable[[Init], Any]) -> Any:
         layer = find_layer(call.module)
-        mapped = any(part.startswith("map_variables(") for part in call.module.scope.debug_path)
-        if layer is None or name != layer.param or mapped:
+        if layer is None or name != layer.param or call.mapped:
             return read(make)
         spec = LayerSpec(layer.equation(call), layer.kind)
         return read(lambda key: SpecBox(meta.unbox(make(key)), spec))

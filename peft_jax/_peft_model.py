@@ -148,7 +148,7 @@ def get_peft_model(
       model = peft.get_peft_model(model, config)
       params = model.init(key, x)["params"]
       specs = peft.lora_specs(model, x)
-      base, lora = peft.init_lora_weights(pretrained, specs, key)
+      base, lora = peft.init_lora_weights(pretrained, specs, key, config=config)
       y = model.apply({"params": peft.merge_params(base, lora)}, x)
 
     ``init`` draws the adapters so that they change nothing. What looks at the base's weights (the

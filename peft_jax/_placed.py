@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax.core import meta
 from flax.typing import Array, Dtype, Initializer
 
+from peft_jax._adapter import LoRAAdapter
 from peft_jax._adapters import (
-    LoRAAdapter,
     LoRAConvAdapter,
     LoRADenseAdapter,
     LoRADenseGeneralAdapter,
@@ -98,7 +98,7 @@ def make_adapter(
 ) -> Any:
     """The adapter of one parameter, in the scope of the module that holds the parameter."""
     scope = call.module.scope
-    if any(part.startswith("map_variables(") for part in scope.debug_path):
+    if call.mapped:
         raise ValueError(
             f"The layer at '{call.path}' runs inside `nn.map_variables` (or a wrapper is written "
             "inside nn.WeightNorm or nn.SpectralNorm), where parameters are not those that are "

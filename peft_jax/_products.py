@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from typing import Any
@@ -19,12 +20,12 @@ Type = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class Product(abc.ABC):
     """A function of an input and a weight, linear in both."""
 
+    @abc.abstractmethod
     def __call__(self, x: Array, weight: Array) -> Array:
         """The product with a weight of the input's dtype."""
-        raise NotImplementedError
 
     def evaluate(
         self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool
@@ -154,6 +155,10 @@ class Vmapped(Product):
 
     product: Product
     mapped: tuple[bool, bool, bool]
+
+    def __call__(self, x: Array, weight: Array) -> Array:
+        in_axes = (0 if self.mapped[0] else None, 0 if any(self.mapped[1:]) else None)
+        return jax.vmap(self.product, in_axes)(x, weight)
 
     def evaluate(
         self, x: Array, array: Array, scale: Array, *, layout: Layout, backward: bool, on_cpu: bool

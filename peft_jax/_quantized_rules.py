@@ -84,7 +84,7 @@ class StorageRule(Rule):
         layer, module = require_layer(call.module, f"{self.wrapper} wraps"), call.module
         if name != layer.param or recording():
             return read(make)
-        if any(part.startswith("map_variables(") for part in module.scope.debug_path):
+        if call.mapped:
             raise ValueError(
                 f"The layer at '{call.path}' runs inside `nn.map_variables` (nn.WeightNorm and "
                 "nn.SpectralNorm do so), where parameters are not those that are stored. Leave it "

@@ -45,6 +45,11 @@ class Call:
         """The module's slashed path; ``(the model itself)`` at the root."""
         return "/".join(self.module.scope.path) or "(the model itself)"
 
+    @property
+    def mapped(self) -> bool:
+        """Whether it runs inside ``nn.map_variables``, on parameters that are not those stored."""
+        return any(part.startswith("map_variables(") for part in self.module.scope.debug_path)
+
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the call, given by position or by name."""
         if position < len(self.args):

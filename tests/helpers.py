@@ -23,6 +23,22 @@ WRAPPERS = {
     nn.ConvTranspose: peft.LoRAConv,
     nn.Embed: peft.LoRAEmbed,
 }
+STORING = {
+    nn.Dense: peft.Int4Dense,
+    nn.Einsum: peft.Int4Einsum,
+    nn.DenseGeneral: peft.Int4DenseGeneral,
+    nn.Conv: peft.Int4Conv,
+    nn.ConvTranspose: peft.Int4Conv,
+    nn.Embed: peft.Int4Embed,
+}
+SIMULATING = {
+    nn.Dense: peft.SimulateQuantizedDense,
+    nn.Einsum: peft.SimulateQuantizedEinsum,
+    nn.DenseGeneral: peft.SimulateQuantizedDenseGeneral,
+    nn.Conv: peft.SimulateQuantizedConv,
+    nn.ConvTranspose: peft.SimulateQuantizedConv,
+    nn.Embed: peft.SimulateQuantizedEmbed,
+}
 
 
 @dataclasses.dataclass(frozen=True)

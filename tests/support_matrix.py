@@ -21,7 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import adapter_leaves, assert_close, compiled, key_of, loss_of, numbers, scattered
+from helpers import (
+    SIMULATING,
+    STORING,
+    adapter_leaves,
+    assert_close,
+    compiled,
+    key_of,
+    loss_of,
+    numbers,
+    scattered,
+)
 
 import peft_jax as peft
 
@@ -181,22 +191,12 @@ INITIALISERS: tuple[bool | str, ...] = (
 KEEPS_FUNCTION = set(INITIALISERS) - {False, "loftq"}
 STATISTICS = {"eva": peft.get_eva_state_dict, "corda": peft.collect_covariances}
 _STORED = {
-    nn.Dense: peft.Int4Dense,
-    nn.Einsum: peft.Int4Einsum,
-    nn.DenseGeneral: peft.Int4DenseGeneral,
-    nn.Conv: peft.Int4Conv,
-    nn.ConvTranspose: peft.Int4Conv,
-    nn.Embed: peft.Int4Embed,
+    **STORING,
     Experts: peft.Int4Einsum,
     RegisteredExperts: peft.Int4Einsum,
 }
 _SIMULATED = {
-    nn.Dense: peft.SimulateQuantizedDense,
-    nn.Einsum: peft.SimulateQuantizedEinsum,
-    nn.DenseGeneral: peft.SimulateQuantizedDenseGeneral,
-    nn.Conv: peft.SimulateQuantizedConv,
-    nn.ConvTranspose: peft.SimulateQuantizedConv,
-    nn.Embed: peft.SimulateQuantizedEmbed,
+    **SIMULATING,
     Experts: peft.SimulateQuantizedEinsum,
     RegisteredExperts: peft.SimulateQuantizedEinsum,
 }

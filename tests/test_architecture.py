@@ -41,6 +41,7 @@ FLOORS = (
     ("_placed",),
     ("_normalised",),
     ("_adapters",),
+    ("_adapter",),
     ("_quantized",),
     ("_quantized_rules",),
     ("_wrapper",),

@@ -318,12 +318,19 @@ def test_contradictions(field):
         LoraConfig(**CONTRADICTIONS[field])
 
 
-def test_what_looks_like_a_contradiction_and_is_none():
-    LoraConfig(target_modules="ALL-LINEAR", layers_to_transform=[0], layers_pattern="h")
-    LoraConfig(target_modules=["q"], layers_to_transform=0, layers_pattern="h")
-    LoraConfig(target_modules=[], target_parameters=["w"], use_dora=True)
-    LoraConfig(init_lora_weights=False, lora_bias=True)
-    LoraConfig(init_lora_weights="orthogonal", rank_pattern={"q": 2})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "ALL-LINEAR", "layers_to_transform": [0], "layers_pattern": "h"},
+        {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"},
+        {"target_modules": [], "target_parameters": ["w"], "use_dora": True},
+        {"init_lora_weights": False, "lora_bias": True},
+        {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 2}},
+    ],
+)
+def test_what_looks_like_a_contradiction_and_is_none(fields):
+    config = LoraConfig(**fields)
+    assert LoraConfig.from_dict(config.to_dict()) == config
 
 
 ERRORS = {

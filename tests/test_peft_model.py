@@ -582,8 +582,10 @@ def test_entries_are_judged_by_the_whole_tree_and_not_by_one_call():
     model = Setup()
     adapted = adapt(model, r=2, target_modules=["shared", "heads_one"])
     params = initialised(adapted, IDS)
+    whole = jax.eval_shape(functools.partial(model.apply, method="encode"), {"params": params}, IDS)
     for method in ("encode", Setup.encode, lambda m, ids: m.encode(ids)):
-        jax.eval_shape(functools.partial(adapted.apply, method=method), {"params": params}, IDS)
+        run = functools.partial(adapted.apply, method=method)
+        assert jax.eval_shape(run, {"params": params}, IDS).shape == whole.shape
 
 
 def test_inside_a_larger_model_the_output_layer_and_the_table_are_found():

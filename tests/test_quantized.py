@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from helpers import (
+    SIMULATING,
+    STORING,
     Adapt,
     AdaptWeights,
     assert_close,
@@ -28,22 +30,6 @@ import peft_jax as peft
 from peft_jax import QuantizationMethod, StoredValues
 
 METHODS = ("int4", "int8", "q4_0", "q4_0_transpose", "sfp8", "nf4")
-STORING = {
-    nn.Dense: peft.Int4Dense,
-    nn.Einsum: peft.Int4Einsum,
-    nn.DenseGeneral: peft.Int4DenseGeneral,
-    nn.Conv: peft.Int4Conv,
-    nn.ConvTranspose: peft.Int4Conv,
-    nn.Embed: peft.Int4Embed,
-}
-SIMULATING = {
-    nn.Dense: peft.SimulateQuantizedDense,
-    nn.Einsum: peft.SimulateQuantizedEinsum,
-    nn.DenseGeneral: peft.SimulateQuantizedDenseGeneral,
-    nn.Conv: peft.SimulateQuantizedConv,
-    nn.ConvTranspose: peft.SimulateQuantizedConv,
-    nn.Embed: peft.SimulateQuantizedEmbed,
-}
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

@@ -13,35 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import assert_close, compiled, key_of, numbers, scattered
+from helpers import (
+    RANK,
+    SIMULATING,
+    STORING,
+    WRAPPERS,
+    assert_close,
+    compiled,
+    key_of,
+    numbers,
+    scattered,
+)
 
 import peft_jax as peft
 
-RANK = 2
-WRAPPERS = {
-    nn.Dense: peft.LoRADense,
-    nn.Einsum: peft.LoRAEinsum,
-    nn.DenseGeneral: peft.LoRADenseGeneral,
-    nn.Conv: peft.LoRAConv,
-    nn.ConvTranspose: peft.LoRAConv,
-    nn.Embed: peft.LoRAEmbed,
-}
-STORING = {
-    nn.Dense: peft.Int4Dense,
-    nn.Einsum: peft.Int4Einsum,
-    nn.DenseGeneral: peft.Int4DenseGeneral,
-    nn.Conv: peft.Int4Conv,
-    nn.ConvTranspose: peft.Int4Conv,
-    nn.Embed: peft.Int4Embed,
-}
-SIMULATING = {
-    nn.Dense: peft.SimulateQuantizedDense,
-    nn.Einsum: peft.SimulateQuantizedEinsum,
-    nn.DenseGeneral: peft.SimulateQuantizedDenseGeneral,
-    nn.Conv: peft.SimulateQuantizedConv,
-    nn.ConvTranspose: peft.SimulateQuantizedConv,
-    nn.Embed: peft.SimulateQuantizedEmbed,
-}
 slow = pytest.mark.slow
 METHODS = ("int4", "int8", "q4_0", "q4_0_transpose", "sfp8", "nf4")
 VARIANTS = {
