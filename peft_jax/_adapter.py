@@ -111,8 +111,8 @@ class LoRAAdapter(nn.Module, Untouched):
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @nn.nowrap
-    def spec(self, layer: Equation, low_rank: LowRank) -> LoraSpec:
-        """What the arrays do not say."""
+    def spec(self, layer: Equation, low_rank: LowRank, shape: Sequence[int]) -> LoraSpec:
+        """What the arrays do not say, for a kernel of this shape."""
         default = "".join(c for c in layer.kernel if c not in low_rank.a)
         bias = self.adapts if self.kind == "embed" else "bias"
         return LoraSpec(
@@ -125,6 +125,7 @@ class LoRAAdapter(nn.Module, Untouched):
             outputs=None if layer.kept == default else layer.kept,
             bias=bias if self.lora_bias else None,
             kind=self.kind,
+            shape=tuple(shape),
         )
 
     @nn.nowrap
@@ -135,7 +136,7 @@ class LoRAAdapter(nn.Module, Untouched):
         layer = parse_equation(equation)
         low_rank = layer.low_rank(batch_in_b=batch_in_b)
         shapes = low_rank.shapes(layer.sizes(shape), self.rank)
-        spec = self.spec(layer, low_rank)
+        spec = self.spec(layer, low_rank, shape)
         a_init = _through_matrices(self.a_init, low_rank.a, low_rank)
         b_init = _through_matrices(self.b_init, low_rank.b, low_rank)
         a = self._array("a", low_rank.a, shapes[0], a_init, layer, spec)
@@ -162,7 +163,7 @@ class LoRAAdapter(nn.Module, Untouched):
     def _per_output(self, name: str, equation: str, shape: Sequence[int], init: Any) -> Array:
         """A parameter with one number for each output of the layer."""
         layer = parse_equation(equation)
-        spec = self.spec(layer, layer.low_rank(batch_in_b=self._batch_in_b))
+        spec = self.spec(layer, layer.low_rank(batch_in_b=self._batch_in_b), shape)
         sizes = layer.sizes(shape)
         lengths = tuple(sizes[c] for c in layer.kept)
         return self._array(name, layer.kept, lengths, init, layer, spec)

@@ -94,7 +94,7 @@ def traced_specs(init: Callable[..., Any], *given: Any) -> dict[str, LoraSpec]:
     """Specs of the adapters that ``init(*given)`` initializes, by the path of each adapter."""
     places = {path.rpartition("/"): box for path, box in traced_boxes(init, *given).items()}
     return {
-        parent: _stacked(box.spec, box.stack_axes)
+        parent: _stacked(box)
         for (parent, _, name), box in places.items()
         if isinstance(box.spec, LoraSpec) and name in ("a", "rows")
     }
@@ -137,7 +137,18 @@ def _boxes(params: Mapping[str, Any], prefix: str = "") -> dict[str, SpecBox]:
     return found
 
 
-def _stacked(spec: LoraSpec, axes: tuple[int, ...]) -> LoraSpec:
+def _stacked(box: SpecBox) -> LoraSpec:
+    """The spec of a box, with the axes of the stack that its array has."""
+    spec, axes = box.spec, box.stack_axes
     if not axes:
         return spec
-    return dataclasses.replace(spec, equation=stacked(spec.equation), stack_axes=axes)
+    array, shape = list(box.value.shape), list(spec.shape or ())
+    lengths = [array.pop(axis) for axis in reversed(axes)]
+    for axis in axes:  # innermost first, each counted in what is there once it is added
+        shape.insert(axis if axis >= 0 else len(shape) + 1 + axis, lengths.pop())
+    return dataclasses.replace(
+        spec,
+        equation=stacked(spec.equation),
+        stack_axes=axes,
+        shape=tuple(shape) if spec.shape else None,
+    )

@@ -112,6 +112,8 @@ class LoraSpec:
       tokens: indices of the rows of the variant ``tokens``.
       kind: kind of the layer, as in `LayerSpec`; None where nothing is known of it. It does not
         change what the arrays mean, and so is left out of ``==``.
+      shape: of the adapted parameter, stack axes and all; None where nothing is known of it. Left
+        out of ``==`` as well.
     """
 
     param: str | None
@@ -125,6 +127,7 @@ class LoraSpec:
     bias: str | None = None
     tokens: tuple[int, ...] = ()
     kind: str | None = dataclasses.field(default=None, compare=False)
+    shape: tuple[int, ...] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         axes = self.stack_axes
@@ -141,6 +144,8 @@ class LoraSpec:
             and all(map(_is_integer, self.tokens))
             and bool(self.tokens) == (self.variant == "tokens"),
             "stack_axes": isinstance(axes, tuple | list) and all(map(_is_integer, axes)),
+            "shape": self.shape is None
+            or (isinstance(self.shape, tuple | list) and all(map(_is_integer, self.shape))),
         }
         for field, is_allowed in allowed.items():
             if not is_allowed:
@@ -148,7 +153,8 @@ class LoraSpec:
                     f"LoraSpec.{field} = {getattr(self, field)!r} is not allowed: rank is a "
                     "positive integer, scaling a finite number, alpha too (or None), param, "
                     f"outputs, bias and kind a name or None, variant one of {VARIANTS}, "
-                    "stack_axes integers, tokens integers (of the variant 'tokens' alone)."
+                    "stack_axes integers, tokens integers (of the variant 'tokens' alone), shape "
+                    "integers or None."
                 )
         object.__setattr__(self, "rank", operator.index(self.rank))
         object.__setattr__(self, "scaling", float(self.scaling))
@@ -156,6 +162,8 @@ class LoraSpec:
             object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
         object.__setattr__(self, "tokens", tuple(map(operator.index, self.tokens)))
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(map(operator.index, self.shape)))
         _, _, kernel = self.letters
         if self.outputs is not None and not set(self.outputs) <= set(kernel):
             raise ValueError(
@@ -210,8 +218,8 @@ class LoraSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON. Inverse of `from_dict`."""
-        lists = {"stack_axes": list(self.stack_axes), "tokens": list(self.tokens)}
-        return {**dataclasses.asdict(self), **lists}
+        data = dataclasses.asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in data.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoraSpec:

@@ -49,6 +49,7 @@ class TokenRows(nn.Module, Untouched):
             variant="tokens",
             tokens=self.tokens,
             kind="embed",
+            shape=weight.shape,
         )
 
         def first(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
