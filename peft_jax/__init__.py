@@ -21,6 +21,15 @@ from peft_jax._lora import (
 )
 from peft_jax._methods import QuantizationMethod
 from peft_jax._model import layer_specs, lora_specs
+from peft_jax._named import (
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    get_adapter,
+    rename_adapter,
+)
 from peft_jax._params import fuse_params, merge_params, split_params
 from peft_jax._peft_model import PeftModel, get_peft_model
 from peft_jax._quantize import dequantize, quantize, simulate_quantize
@@ -42,7 +51,14 @@ from peft_jax._stored import StoredValues
 from peft_jax._summary import Summary, SummaryRow, summarize
 from peft_jax._trainable import print_trainable_parameters, trainable_mask
 from peft_jax._unfuse import unfuse_params
-from peft_jax.adapters import SharedStack, replicate_layers
+from peft_jax.adapters import (
+    AdapterBank,
+    MultiAdapterModel,
+    Selection,
+    SharedStack,
+    replicate_layers,
+    stack_adapters,
+)
 from peft_jax.initializers import (
     collect_covariances,
     get_eva_state_dict,
@@ -55,6 +71,7 @@ from peft_jax.initializers import (
 from peft_jax.io import export_gguf
 
 __all__ = [
+    "AdapterBank",
     "CordaConfig",
     "EvaConfig",
     "Int4Conv",
@@ -79,9 +96,11 @@ __all__ = [
     "LoraConfig",
     "LoraSpec",
     "ModuleInterceptor",
+    "MultiAdapterModel",
     "PeftModel",
     "PeftType",
     "QuantizationMethod",
+    "Selection",
     "SharedStack",
     "SimulateQuantizedConv",
     "SimulateQuantizedDense",
@@ -92,11 +111,17 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "TaskType",
+    "adapter_names",
+    "add_adapter",
     "collect_covariances",
+    "delete_adapter",
     "dequantize",
     "dequantize_checkpoint",
+    "disable_adapters",
+    "enable_adapters",
     "export_gguf",
     "fuse_params",
+    "get_adapter",
     "get_eva_state_dict",
     "get_peft_model",
     "init_lora_weights",
@@ -109,10 +134,12 @@ __all__ = [
     "quantize_checkpoint",
     "redistribute_ranks",
     "register_layer",
+    "rename_adapter",
     "replace_lora_weights_loftq",
     "replicate_layers",
     "simulate_quantize",
     "split_params",
+    "stack_adapters",
     "subtract_mutated_init",
     "summarize",
     "trainable_mask",

@@ -59,9 +59,13 @@ class Equation:
         """Axes of the kernel that stand in the output, in the order in which they stand there."""
         return "".join(c for c in self.outputs if c in self.kernel)
 
+    def input_axes(self, ndim: int) -> str:
+        """A letter, or a dot, for each axis of an input of so many axes."""
+        return _axes(self.inputs, ndim)
+
     def output_axes(self, ndim: int) -> str:
         """A letter, or a dot, for each axis of an output of so many axes."""
-        return self.outputs.replace(ELLIPSIS, "." * (ndim - len(self.outputs) + len(ELLIPSIS)))
+        return _axes(self.outputs, ndim)
 
     def sizes(self, shape: Sequence[int]) -> dict[str, int]:
         """Length of each kernel axis, for a kernel of this shape."""
@@ -198,6 +202,10 @@ def parse_equation(equation: str) -> Equation:
             "Write '...' in the input too.",
         )
     return Equation(inputs, kernel, outputs)
+
+
+def _axes(term: str, ndim: int) -> str:
+    return term.replace(ELLIPSIS, "." * (ndim - len(term) + len(ELLIPSIS)))
 
 
 def unused_letter(used: str) -> str:

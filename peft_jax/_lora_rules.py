@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import operator
@@ -14,7 +15,7 @@ from flax.typing import Array
 
 from peft_jax._adapter import LoRAAdapter
 from peft_jax._einsum import widest
-from peft_jax._equation import parse_equation
+from peft_jax._equation import parse_equation, unused_letter
 from peft_jax._low_rank import add_once, scaled_along
 from peft_jax._magnitude import along
 from peft_jax._names import DEFAULT
@@ -56,15 +57,54 @@ class AdapterRule(Rule):
 
     @staticmethod
     def around_together(rules: Any, call: Call, proceed: Proceed) -> Any:
-        beside = [rule for rule in rules if isinstance(rule, LoRARule)]
-        others = [rule for rule in rules if not isinstance(rule, LoRARule)]
+        beside = [rule for rule in rules if isinstance(rule, BesideRule)]
+        others = [rule for rule in rules if not isinstance(rule, BesideRule)]
         if beside:
             proceed = functools.partial(_run_beside, beside, proceed)
         return Rule.around_together(others, call, proceed)
 
 
+class BesideRule(AdapterRule):
+    """Base of the rules whose adapters act beside a layer, on its input and its output.
+
+    Attributes:
+      wrapper: who adapts, in error messages.
+      per_example: whether gains and shifts have an axis of examples in front.
+    """
+
+    wrapper: str
+    per_example: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def has(self, call: Call, leaf: str) -> bool:
+        """Whether the layer's adapter has a ``magnitude``, or a ``bias``."""
+
+    @abc.abstractmethod
+    def delta(self, call: Call, layer: Layer, y: Array, x: Array) -> Array:
+        """``scaling * x·a·b``, which joins the output ``y``."""
+
+    @abc.abstractmethod
+    def gain(self, call: Call, layer: Layer) -> Array:
+        """``m / ||W + scaling * a·b||`` for each of the outputs that the weight has."""
+
+    @abc.abstractmethod
+    def shift(self, call: Call, layer: Layer, dtype: Any) -> Array:
+        """``scaling * bias`` for each of the outputs that the weight has."""
+
+    def along(self, values: Array, letters: str, axes: str) -> Array:
+        """Gains or shifts, to be broadcast against an array with these axes."""
+        return along(values, *self.named(letters, axes))
+
+    def named(self, letters: str, axes: str) -> tuple[str, str]:
+        """The axes of gains or shifts, and of an array that they act on, by their letters."""
+        if not self.per_example:
+            return letters, axes
+        example = unused_letter(letters + axes)
+        return example + letters, example + axes[1:]
+
+
 @dataclasses.dataclass(frozen=True)
-class LoRARule(AdapterRule):
+class LoRARule(BesideRule):
     """An adapter on one layer: beside it where the layer is a plain product, else at its weight."""
 
     wrapper: str
@@ -74,6 +114,9 @@ class LoRARule(AdapterRule):
         layer = require_layer(call.module, f"{self.wrapper} adapts")
         return not layer.beside(call) or (self.settings.use_dora and layer.bias is None)
 
+    def has(self, call: Call, leaf: str) -> bool:
+        return {"magnitude": self.settings.use_dora, "bias": self.settings.lora_bias}[leaf]
+
     def change(self, call: Call, name: str, value: Any) -> Array | None:
         layer = require_layer(call.module, f"{self.wrapper} adapts")
         if name != layer.param:
@@ -82,21 +125,55 @@ class LoRARule(AdapterRule):
 
     def adapter(self, call: Call, layer: Layer, dtype: Any) -> LoRAAdapter:
         """The adapter beside the layer, which computes in this dtype unless it has one."""
-        module = call.module
-        stored: Any = module.get_variable("params", layer.param)
-        if stored is None:
-            raise ValueError(
-                f"{type(module).__name__} at '{call.path}' is registered with the parameter "
-                f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
-            )
         refuse_another_equation(call, layer.equation(call), layer.kind)
+        stored = stored_weight(call, layer)
         cls, fields = adapter_fields(call, layer, weight_shape(meta.unbox(stored)))
         settings = dataclasses.replace(self.settings, dtype=self.settings.dtype or dtype)
-        fields |= {"kind": layer.kind, "precision": getattr(module, "precision", None)}
+        fields |= {"kind": layer.kind, "precision": getattr(call.module, "precision", None)}
         return make_adapter(cls, call, layer.param, stored, settings, **fields)
 
+    def delta(self, call: Call, layer: Layer, y: Array, x: Array) -> Array:
+        delta = getattr(self.adapter(call, layer, y.dtype), call.method)(x)
+        if delta.shape != y.shape:
+            raise ValueError(
+                f"The layer at '{call.path}' returned shape {y.shape}, but by its equation "
+                f"'{layer.equation(call)}' the shape is {delta.shape}. Correct the registration of "
+                f"{type(call.module).__name__}, or adapt it by `peft.LoRAWeight`."
+            )
+        return delta.astype(y.dtype)
 
-def _run_beside(rules: list[LoRARule], proceed: Proceed, call: Call) -> Any:
+    def gain(self, call: Call, layer: Layer) -> Array:
+        return self.adapter(call, layer, None).gain(weight_alone(call), layer.equation(call))
+
+    def shift(self, call: Call, layer: Layer, dtype: Any) -> Array:
+        shape = weight_shape(meta.unbox(stored_weight(call, layer)))
+        return self.adapter(call, layer, dtype).shift(layer.equation(call), shape)
+
+
+def stored_weight(call: Call, layer: Layer) -> Any:
+    """The layer's parameter as it lies in the tree, in its box if it has one."""
+    stored: Any = call.module.get_variable("params", layer.param)
+    if stored is None:
+        raise ValueError(
+            f"{type(call.module).__name__} at '{call.path}' is registered with the parameter "
+            f"{layer.param!r}, which it does not have. Correct `peft.register_layer`."
+        )
+    return stored
+
+
+def weight_alone(call: Call) -> Any:
+    """The weight that a norm is taken of: without what other adapters make of it."""
+    if call.adapted:
+        raise ValueError(
+            f"The layer at '{call.path}' has an adapter with a magnitude (use_dora) beside it and "
+            "another at its weight, from which the norm could not be told. Adapt both at the "
+            "weight, by `peft.LoRAWeight`."
+        )
+    assert call.weight is not None
+    return call.weight()
+
+
+def _run_beside(rules: list[BesideRule], proceed: Proceed, call: Call) -> Any:
     """A layer with adapters, of which each adds what it would make of the layer by itself."""
     layer = require_layer(call.module, f"{rules[0].wrapper} adapts")
     if call.method not in layer.methods:
@@ -107,12 +184,12 @@ def _run_beside(rules: list[LoRARule], proceed: Proceed, call: Call) -> Any:
     else:
         total = _added(beside, proceed, call, layer)
     for rule in rules:
-        if rule.settings.lora_bias:
+        if rule.has(call, "bias"):
             total = total + _shift(rule, call, layer, _array(total, call))
     return total
 
 
-def _added(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer) -> Any:
+def _added(rules: list[BesideRule], proceed: Proceed, call: Call, layer: Layer) -> Any:
     """``y + sum(D)``, and for gains ``g``: ``sum(g * (y + D) + (1 - g) * bias) - (k - 1) * y``.
 
     ``D = scaling * x·a·b``, and ``y = x·W + bias``. One product with each gain, of a sum: its
@@ -123,9 +200,9 @@ def _added(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer) ->
         return y
     total, gained = _array(y, call), []
     for rule in rules:
-        delta = _delta(rule, call, layer, y, layer.input(call))
-        if rule.settings.use_dora:
-            gained.append(_gained(call, layer, y + delta, _gain(rule, call, layer)))
+        delta = rule.delta(call, layer, y, layer.input(call))
+        if rule.has(call, "magnitude"):
+            gained.append(_gained(rule, call, layer, y + delta))
         else:
             total = total + delta
     if not gained:
@@ -135,26 +212,27 @@ def _added(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer) ->
     return functools.reduce(operator.add, [g - y for g in gained], total)
 
 
-def _gained(call: Call, layer: Layer, z: Array, gain: Array) -> Array:
+def _gained(rule: BesideRule, call: Call, layer: Layer, z: Array) -> Array:
     """``g * (z - bias) + bias``, for the output ``z`` of the layer and its adapter."""
     equation, dtype = parse_equation(layer.equation(call)), widest(z.dtype)
-    axes = equation.output_axes(z.ndim)
-    total = scaled_along(z.astype(dtype), gain.astype(dtype), axes, equation.kept)
+    gain, axes = rule.gain(call, layer), equation.output_axes(z.ndim)
+    letters, named = rule.named(equation.kept, axes)
+    total = scaled_along(z.astype(dtype), gain.astype(dtype), named, letters)
     bias = meta.unbox(call.module.get_variable("params", layer.bias))
     if bias is not None:
-        total = total + along((1 - gain) * bias.astype(dtype), equation.kept, axes)
+        total = total + rule.along((1 - gain) * bias.astype(dtype), equation.kept, axes)
     return total.astype(z.dtype)
 
 
-def _attended(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer) -> Any:
+def _attended(rules: list[BesideRule], proceed: Proceed, call: Call, layer: Layer) -> Any:
     """The product with a table, whose outputs are what comes in: gains act on the query."""
     name = embed_input(call)
     query = call.argument(0, name)
     queries, surplus = [], None
     for rule in rules:
         queries.append(query)
-        if rule.settings.use_dora:
-            gain = along(_gain(rule, call, layer), "f", "." * (query.ndim - 1) + "f")
+        if rule.has(call, "magnitude"):
+            gain = rule.along(rule.gain(call, layer), "f", "." * (query.ndim - 1) + "f")
             queries[-1] = query * gain.astype(query.dtype)
             surplus = gain - 1 if surplus is None else surplus + gain - 1
     if surplus is not None:
@@ -163,7 +241,7 @@ def _attended(rules: list[LoRARule], proceed: Proceed, call: Call, layer: Layer)
     else:
         y = proceed(call)
     for rule, scaled in zip(rules, queries, strict=True):
-        y = y + _delta(rule, call, layer, _array(y, call), scaled)
+        y = y + rule.delta(call, layer, _array(y, call), scaled)
     return y
 
 
@@ -177,37 +255,12 @@ def _array(y: Any, call: Call) -> Array:
     return y
 
 
-def _gain(rule: LoRARule, call: Call, layer: Layer) -> Array:
-    """The gain of each output, of an adapter with a magnitude."""
-    if call.adapted:
-        raise ValueError(
-            f"The layer at '{call.path}' has an adapter with a magnitude (use_dora) beside it and "
-            "another at its weight, from which the norm could not be told. Adapt both at the "
-            "weight, by `peft.LoRAWeight`."
-        )
-    assert call.weight is not None
-    return rule.adapter(call, layer, None).gain(call.weight(), layer.equation(call))
-
-
-def _delta(rule: LoRARule, call: Call, layer: Layer, y: Array, x: Array) -> Array:
-    delta = getattr(rule.adapter(call, layer, y.dtype), call.method)(x)
-    if delta.shape != y.shape:
-        raise ValueError(
-            f"The layer at '{call.path}' returned shape {y.shape}, but by its equation "
-            f"'{layer.equation(call)}' the shape is {delta.shape}. Correct the registration of "
-            f"{type(call.module).__name__}, or adapt it by `peft.LoRAWeight`."
-        )
-    return delta.astype(y.dtype)
-
-
-def _shift(rule: LoRARule, call: Call, layer: Layer, y: Array) -> Array:
+def _shift(rule: BesideRule, call: Call, layer: Layer, y: Array) -> Array:
     """The adapter's own bias, as it joins the output ``y``."""
-    text = layer.equation(call)
-    equation = parse_equation(text)
-    stored: Any = call.module.get_variable("params", layer.param)
-    shape = weight_shape(meta.unbox(stored))
-    bias = rule.adapter(call, layer, y.dtype).shift(text, shape).astype(y.dtype)
+    equation = parse_equation(layer.equation(call))
+    bias = rule.shift(call, layer, y.dtype).astype(y.dtype)
     if call.method == "attend":  # a bias of every row of the table
         query = call.argument(0, embed_input(call)).astype(y.dtype)
-        return jnp.einsum("...f,f->...", query, bias)[..., None]
-    return along(bias, equation.kept, equation.output_axes(y.ndim))
+        bias = rule.along(bias, "f", "." * (query.ndim - 1) + "f")
+        return jnp.sum(query * bias, -1, keepdims=True)
+    return rule.along(bias, equation.kept, equation.output_axes(y.ndim))

@@ -12,6 +12,7 @@ from flax.core import meta
 LORA = "lora"
 TOKENS = "lora_tokens"
 DEFAULT = "default"
+BANK = "bank"
 _FIRST = "_peft_jax_first_adapter"
 
 
@@ -65,10 +66,19 @@ def named_as(branch: str) -> str:
     return branch.partition(".")[2] or DEFAULT
 
 
+def is_bank(name: str, branch: Any) -> bool:
+    """Whether a branch of a parameter tree is a bank of adapters; see `stack_adapters`."""
+    return isinstance(name, str) and named_as(name) == BANK and isinstance(branch, Mapping)
+
+
 def check_adapter_name(owner: str, name: object) -> None:
     """Refuses a name that could not stand in a path."""
     if not isinstance(name, str) or not name or set(name) & set("/."):
         raise ValueError(f"{owner}.adapter_name is a name without dots and slashes, got {name!r}.")
+    if name == BANK:
+        raise ValueError(
+            f"{owner}.adapter_name = {BANK!r} is where `stack_adapters` puts its bank."
+        )
 
 
 def adapter_name(module: nn.Module, param: str, name: str = DEFAULT) -> str:

@@ -89,12 +89,22 @@ def merge_params(original: Any, lora: Any) -> Any:
       ValueError: where the trees do not fit: an adapter for a layer that is not there, an adapter
         that is there already, a leaf that is no adapter.
     """
-    return _merge(original, lora, ())
+    return merged_trees(original, lora)
 
 
-def _merge(original: Any, lora: Any, path: Path) -> Any:
+def merged_trees(original: Any, lora: Any, path: Path = (), replaced: Any = None) -> Any:
+    """See `merge_params`; leaves of the second tree take the place of those of the first.
+
+    Args:
+      original: the base's parameters.
+      lora: adapters, and maybe leaves.
+      path: where both lie.
+      replaced: from a path and both leaves to the new one; None: leaves are refused.
+    """
     if is_branch(lora) and not len(lora):
         return original
+    if replaced is not None and not is_branch(original) and not is_branch(lora):
+        return replaced(path, original, lora)
     if not is_branch(original) or not is_branch(lora):
         raise ValueError(
             f"merge_params: '{slashed(path)}' is {_described(original)} in the base and "
@@ -125,7 +135,7 @@ def _merge(original: Any, lora: Any, path: Path) -> Any:
                 f"{_described(value)}. Close names: {close}. Merge adapters of the same model."
             )
         else:
-            merged[key] = _merge(merged[key], value, inner)
+            merged[key] = merged_trees(merged[key], value, inner, replaced)
     return rebuild(original, merged)
 
 
@@ -165,11 +175,15 @@ def fuse_params(params: Any, *, specs: Specs | None = None) -> Any:
                 "place, and arrays alone do not tell which weight each belongs to. Pass "
                 "specs=peft.lora_specs(model, *inputs)."
             )
-        for param, change in layer_changes(path, layer, adapters, specs).items():
-            layer[param] = rounded_sum(layer[param], change, 1)
-        return layer
+        return fused_layer(path, layer, adapters, specs)
 
     return map_layers(params, fuse)
+
+
+def fused_layer(path: Path, layer: Layer, adapters: Layer, specs: Specs | None) -> Layer:
+    """A layer whose adapters are part of its parameters."""
+    changes = layer_changes(path, layer, adapters, specs)
+    return layer | {name: rounded_sum(layer[name], change, 1) for name, change in changes.items()}
 
 
 def check_specs(params: Any, specs: Specs | None, caller: str) -> None:
@@ -221,7 +235,7 @@ def adapter_changes(
     path: Path, layer: Layer, adapter: Mapping[str, Any], specs: Specs | None
 ) -> dict[str, jax.Array]:
     """What the adapter adds to each parameter beside it, by name."""
-    spec = _assumed_spec(path, layer, adapter) if specs is None else specs["/".join(path)]
+    spec = dense_spec(path, layer, adapter) if specs is None else specs["/".join(path)]
     _check_rank(path, adapter, spec)
     if spec.param is None:
         raise ValueError(
@@ -299,7 +313,7 @@ def _check_rank(path: Path, adapter: Mapping[str, Any], spec: LoraSpec) -> None:
         )
 
 
-def _assumed_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraSpec:
+def dense_spec(path: Path, layer: Layer, adapter: Mapping[str, Any]) -> LoraSpec:
     """The spec of a Dense layer, where nothing speaks against it."""
     weights = [
         name

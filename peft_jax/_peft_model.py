@@ -9,9 +9,11 @@ from typing import Any
 
 from flax import linen as nn
 
+from peft_jax._adapted_checks import check_adapted
 from peft_jax._config import LoraConfig
 from peft_jax._interceptor import ModuleInterceptor
-from peft_jax._names import DEFAULT, TOKENS, check_adapter_name, is_adapter
+from peft_jax._named import enable_adapters
+from peft_jax._names import DEFAULT, check_adapter_name
 from peft_jax._normalised import init_of_copy
 from peft_jax._replication import (
     Replication,
@@ -21,15 +23,13 @@ from peft_jax._replication import (
     with_adapters_of,
 )
 from peft_jax._rules import Untouched
-from peft_jax._state import recording
-from peft_jax._target_checks import check_entries
+from peft_jax._several import SeveralAdapters
+from peft_jax._state import muted, recording
 from peft_jax._targeting import Adapt, Structure, needs_structure, structure
-from peft_jax._targets import is_all_linear, selects, selects_parameter, with_targets
-from peft_jax._trees import children, containers, is_branch, named_adapters, slashed
-from peft_jax._wrapper import Transparent
+from peft_jax._targets import with_targets
 
 
-class PeftModel(Transparent):
+class PeftModel(SeveralAdapters):
     """A Linen module whose layers are adapted as a config says; made by `get_peft_model`.
 
     It has the methods, the attributes and the parameter paths of ``wrapped``, and any method runs
@@ -41,6 +41,7 @@ class PeftModel(Transparent):
       peft_config: which layers are adapted, and how.
       adapter_name: of the adapters, which lie at ``lora`` if it is ``default``, else at
         ``lora.<name>``.
+      active: whether the adapters act. ``init`` draws them in any case.
       _base_path: of a part of an adapted model: the path of the whole. None: this is the whole.
       _structure: what the config means by the output layer and the embedding, once it is known.
       _replication: where the config has ``layer_replication``: how ``wrapped`` was made.
@@ -49,6 +50,7 @@ class PeftModel(Transparent):
     _: dataclasses.KW_ONLY
     peft_config: LoraConfig
     adapter_name: str = DEFAULT
+    active: bool = True
     _base_path: tuple[str, ...] | None = None
     _structure: Structure | None = None
     _replication: Replication | None = None
@@ -71,13 +73,14 @@ class PeftModel(Transparent):
         if self._replication is not None and not recording():
             base = self._replication.base(rngs, *args, method=method, **of_method)
             method = given(base, method)
-        y, variables = super(PeftModel, model).init_with_output(
-            rngs, *args, method=method, **kwargs
-        )
+        with enable_adapters():
+            y, variables = super(PeftModel, model).init_with_output(
+                rngs, *args, method=method, **kwargs
+            )
         if base is not None:
             variables = {**variables, "params": with_adapters_of(base, variables["params"])}
         if "params" in variables:
-            _check(self.peft_config, variables["params"], self.adapter_name, at_init=True)
+            check_adapted(self.peft_config, variables["params"], self.adapter_name, at_init=True)
         return y, variables
 
     @nn.nowrap
@@ -86,7 +89,9 @@ class PeftModel(Transparent):
         if self.scope is None:
             return run(*args, **kwargs)
         params = self.scope.variables().get("params", {})
-        rules = (self._adapt(method, args, kwargs), *reading_rules(params, self.scope.path))
+        rules = reading_rules(params, self.scope.path)
+        if self.is_initializing() or (self.active and not muted()):
+            rules = (self._adapt(method, args, kwargs), *rules)
         with contextlib.ExitStack() as stack:
             for rule in rules:
                 stack.enter_context(ModuleInterceptor(rule))
@@ -107,7 +112,7 @@ class PeftModel(Transparent):
             return adapt if found is None else dataclasses.replace(adapt, **found._asdict())
         params = scope.variables().get("params", {})
         if self._base_path is None:
-            _check(config, params, self.adapter_name, at_init=False)
+            check_adapted(config, params, self.adapter_name, at_init=False)
         return adapt.for_params(params)
 
     @nn.nowrap
@@ -129,9 +134,22 @@ class PeftModel(Transparent):
             wrapped=value,
             peft_config=self.peft_config,
             adapter_name=self.adapter_name,
+            active=self.active,
             _base_path=self.scope.path if self._base_path is None else self._base_path,
             _structure=self._structure,
         )
+
+    @nn.nowrap
+    def add_adapter(self, adapter_name: str, peft_config: LoraConfig) -> PeftModel:
+        """The model with one more adapter, which acts beside those that do.
+
+        Its arrays come from ``init``, from `init_lora_weights` or from a file, by
+        `peft.add_adapter(params, lora, adapter_name)`.
+
+        Raises:
+          ValueError: where the name is taken; as `get_peft_model`.
+        """
+        return get_peft_model(self, peft_config, adapter_name)
 
 
 _OF_INIT = frozenset({"mutable", "capture_intermediates"})
@@ -186,6 +204,11 @@ def get_peft_model(
             "by `peft.LoraConfig.from_dict`."
         )
     check_adapter_name("get_peft_model", adapter_name)
+    if isinstance(model, PeftModel) and adapter_name in model.peft_configs:
+        raise ValueError(
+            f"get_peft_model: the model has an adapter named {adapter_name!r} already. Give this "
+            "one an adapter_name of its own."
+        )
     config = with_targets(peft_config, _model_type(model))
     replication = None
     if config.layer_replication:
@@ -203,45 +226,3 @@ def _model_type(model: nn.Module) -> str | None:
     if isinstance(config, Mapping):
         return config.get("model_type")
     return getattr(config, "model_type", None)
-
-
-def _check(config: LoraConfig, params: Any, adapter_name: str, *, at_init: bool) -> None:
-    """Every entry of the config matches something in a whole parameter tree."""
-    tree = list(containers(params))
-    adapted = [path for path, layer in tree if named_adapters(layer, adapter_name)]
-    parameters = [
-        (*path, str(key))
-        for path, layer in tree
-        for key, value in children(layer)
-        if not is_branch(value) and not is_adapter(key, value)
-    ]
-    if not at_init:
-        if not adapted:
-            raise ValueError(
-                f"The parameters hold no adapter named {adapter_name!r}. Initialize this model by "
-                "its own `init`, or add adapters to the base's parameters by `peft.merge_params`."
-            )
-        adapted += [path for path, _ in tree if not is_all_linear(config) and selects(config, path)]
-    targeted = [path for path in adapted if selects(config, path)]
-    check_entries(config, [path for path, _ in tree], targeted, parameters)
-    if not at_init:
-        _refuse_unused(config, tree, adapter_name)
-
-
-def _refuse_unused(config: LoraConfig, tree: list[tuple[Any, Any]], adapter_name: str) -> None:
-    """Adapters that a config by names means no layer by."""
-    if is_all_linear(config):
-        return
-    for path, layer in tree:
-        names = named_adapters(layer, adapter_name)
-        by_name = selects(config, path) or any(
-            selects_parameter(config, (*path, str(key))) for key in layer
-        )
-        by_tokens = config.trainable_token_indices is not None
-        unused = [n for n in names if not (by_tokens if n.startswith(TOKENS) else by_name)]
-        if unused:
-            raise ValueError(
-                f"The parameters hold an adapter at '{slashed((*path, unused[0]))}', which this "
-                "config means no layer by, so that it would take no part. Give the config that it "
-                "was made by, or take it off; if it is another's, give this one an adapter_name."
-            )

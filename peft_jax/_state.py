@@ -57,13 +57,16 @@ class Extent:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that the dispatcher knows; what changes the meaning of a traced function is in `key`."""
+    """All that the dispatcher knows; what changes the meaning of a traced function is in `key`.
+
+    ``muted_in`` is the thread in which adapters are off (a context may be copied to another).
+    """
 
     entries: tuple[Entry, ...] = ()
     local: tuple[Local, ...] = ()
     extents: tuple[Extent, ...] = ()
     recording: bool = False
-    muted: bool = False
+    muted_in: int | None = None
     frame: object | None = None
     root: Scope | None = None
     call: object | None = None
@@ -91,7 +94,14 @@ class State:
             if entry.frame is self.frame and (self.root is not None or entry.running == outer)
         )
         local = tuple(local for local in self.local if local.frame is self.frame)
-        return State(entries=entries, local=local, frame=frame, root=root, running=self.running)
+        return State(
+            entries=entries,
+            local=local,
+            muted_in=self.muted_in,
+            frame=frame,
+            root=root,
+            running=self.running,
+        )
 
     def skips(self, interceptor: Hashable) -> bool:
         """Whether a replacement that the interceptor made is running.
@@ -103,6 +113,11 @@ class State:
             by == interceptor and not any(module is original for module in self.running)
             for original, by in self.skipped
         )
+
+    @property
+    def muted(self) -> bool:
+        """Whether adapters are off."""
+        return self.muted_in is not None
 
     @property
     def idle(self) -> bool:
@@ -117,7 +132,7 @@ class State:
     @property
     def key(self) -> Hashable:
         """What a traced function depends on, by value."""
-        if self.idle and not self.recording:
+        if self.idle and not self.recording and not self.muted:
             return None
         return (
             tuple(entry.interceptor for entry in self.entries),
@@ -171,9 +186,8 @@ def current() -> State:
     """What is active here; entries of another thread, whose context was copied, are not."""
     state = _STATE.get()
     thread = threading.get_ident()
-    if all(entry.thread == thread for entry in state.entries):
-        return state
-    return _IDLE
+    own = all(entry.thread == thread for entry in state.entries)
+    return state if own and state.muted_in in (None, thread) else _IDLE
 
 
 @contextlib.contextmanager
@@ -247,16 +261,24 @@ def record() -> Iterator[None]:
     The model that runs within is a whole of its own, wherever this stands.
     """
     state = dataclasses.replace(
-        current(), recording=True, root=None, running=(), local=(), extents=()
+        current(), recording=True, muted_in=None, root=None, running=(), local=(), extents=()
     )
     with using(state):
         yield
 
 
 @contextlib.contextmanager
-def mute_adapters() -> Iterator[None]:
-    """Within, adapter rules do nothing; storage and simulation still act."""
+def mute_adapters(*, muted: bool = True) -> Iterator[None]:
+    """Within, adapter rules do nothing (or act again); storage and simulation still act."""
     state = current()
-    extents = tuple(extent for extent in state.extents if extent.rule.order != ADAPTER)
-    with using(dataclasses.replace(state, muted=True, extents=extents)):
+    extents = state.extents
+    if muted:
+        extents = tuple(extent for extent in extents if extent.rule.order != ADAPTER)
+    thread = threading.get_ident() if muted else None
+    with using(dataclasses.replace(state, muted_in=thread, extents=extents)):
         yield
+
+
+def muted() -> bool:
+    """Whether adapter rules do nothing here."""
+    return current().muted

@@ -893,9 +893,9 @@ def test_two_adapters_on_parameters():
 
 
 def test_one_name_twice_raises():
-    twice = adapt(adapt(Small(), target_modules=["shared"]), target_modules=["shared"])
-    with pytest.raises(ValueError, match=r"one rule of each name.*'shared'"):
-        initialised(twice, IDS)
+    once = adapt(Small(), target_modules=["shared"])
+    with pytest.raises(ValueError, match=r"has an adapter named 'default' already"):
+        adapt(once, target_modules=["shared"])
 
 
 # --- Methods, attributes, other ways to call -----------------------------------------------------

@@ -1,0 +1,65 @@
+"""Which adapter of a bank each example of a batch has: `Selection`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from peft_jax._bank_rule import DECOMPOSED, GROUP, SCALING, SLOTS
+from peft_jax.adapters._slots import Slots
+
+Array = jax.Array
+
+
+class Selection(struct.PyTreeNode):
+    """Which adapter each example has, and what of the adapters is not trained; a pytree.
+
+    Made by `AdapterBank.select`. It passes through ``jax.jit`` as an argument, and no value in it,
+    name or scaling, belongs to the program.
+
+    Attributes:
+      slots: ``(examples / group_size,)`` int32; -1: the plain base.
+      scaling: for each layer of the bank ``(slots,)`` float32.
+      decomposed: for each layer ``(slots,)`` bool: which adapters have a magnitude (DoRA).
+      group_size: how many examples in a row share an entry of ``slots``.
+      layers: how each layer lies in the bank.
+    """
+
+    slots: Array
+    scaling: dict[str, Array]
+    decomposed: dict[str, Array]
+    group_size: int = struct.field(pytree_node=False)
+    layers: tuple[tuple[str, Slots], ...] = struct.field(pytree_node=False)
+
+    def insert(self, params: Any) -> Any:
+        """The parameters of a model and a bank, with the choice beside each layer of the bank.
+
+        They are for one call of the model; `MultiAdapterModel.apply` makes them.
+
+        Raises:
+          ValueError: where the parameters lack a layer of the bank.
+        """
+        for path, layer in self.layers:
+            chosen = {
+                SLOTS: layer.everywhere(self.slots),
+                GROUP: layer.everywhere(jnp.zeros(self.group_size, jnp.int8)),
+                SCALING: layer.everywhere(self.scaling[path]),
+                DECOMPOSED: layer.everywhere(self.decomposed[path]),
+            }
+            params = _beside(params, path.split("/"), chosen, path)
+        return params
+
+
+def _beside(tree: Any, parts: list[str], chosen: Mapping[str, Array], path: str) -> Any:
+    if not isinstance(tree, Mapping) or (parts and parts[0] not in tree):
+        raise ValueError(
+            f"The parameters hold no bank at '{path}', for which adapters were chosen. Add it to "
+            "the base's by `peft.merge_params(base, bank.params)`."
+        )
+    if not parts:
+        return {**tree, **chosen}
+    return {**tree, parts[0]: _beside(tree[parts[0]], parts[1:], chosen, path)}
