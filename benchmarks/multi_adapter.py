@@ -86,7 +86,9 @@ def serve(args: argparse.Namespace, tokens: int) -> None:
         flops[number] = banked.lower(*given).compile().cost_analysis()["flops"]
     theirs = torch_runs(args, tokens)
     times = medians(runs | theirs, args.repeats)
-    print(f"{args.examples} examples of {tokens} tokens: {times['one'] * 1e3:.2f} ms for one adapter")
+    print(
+        f"{args.examples} examples of {tokens} tokens: {times['one'] * 1e3:.2f} ms for one adapter"
+    )
     for number in args.adapters:
         line = f"{number:>4} adapters: {times[number] / times['one']:.2f} by time"
         line += f", {flops[number] / flops['one']:.3f} by operations"
@@ -106,7 +108,9 @@ def torch_runs(args: argparse.Namespace, tokens: int) -> dict[Any, Callable[[], 
     layers = [torch.nn.Linear(args.width, args.width) for _ in range(args.layers)]
     chain = torch.nn.Sequential(*(part for layer in layers for part in (layer, torch.nn.GELU())))
     config = theirs.LoraConfig(
-        r=args.rank, target_modules=[str(2 * i) for i in range(args.layers)], init_lora_weights=False
+        r=args.rank,
+        target_modules=[str(2 * i) for i in range(args.layers)],
+        init_lora_weights=False,
     )
     model = theirs.get_peft_model(chain, config, adapter_name="0")
     for i in range(1, max(args.adapters)):
@@ -162,17 +166,19 @@ def train(args: argparse.Namespace, tokens: int) -> None:
     def step(at_once: int | None) -> Callable[..., Any]:
         @jax.jit
         def together(params: Any, state: Any, chosen: Any, base: Any, x: jax.Array) -> Any:
-            values, gradients = peft.map_adapters(
+            gradients_of = peft.adapter_value_and_grad(
                 lambda params, chosen, x: losses(params, chosen, base, x),
-                bank.axes, params, chosen, x, at_once=at_once,
-            )  # fmt: skip
+                bank.axes,
+                at_once=at_once,
+            )
+            values, gradients = gradients_of(params, chosen, x)
             updates, state = each.update(gradients, state, params)
             return optax.apply_updates(params, updates), state, values
 
         return together
 
     runs: dict[Any, Callable[[], Any]] = {"in turn": in_turn}
-    state, chosen = each.init(bank.params), bank.select(list(bank.names))
+    state, chosen = each.init(bank.params), bank.each()
     for at_once in (1, 2, 4, 8):
         run = step(at_once)
         runs[at_once] = lambda run=run: run(bank.params, state, chosen, base, x)
@@ -188,10 +194,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 1])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[16, 1])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--trained", type=int, default=8)
-    parser.add_argument("--trained-tokens", type=int, nargs="+", default=[512, 64])
+    parser.add_argument("--trained-tokens", type=int, nargs="*", default=[512, 64])
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     print(f"{args.layers} x {args.width}, rank {args.rank}")

@@ -28,7 +28,8 @@ from peft_jax._rules import Rule
 from peft_jax._stored import weight_shape
 from peft_jax._wrapper import Wrapper
 
-# What lies in a bank beside the adapters' own leaves, while a model runs.
+# What lies in a bank beside the adapters' own leaves, while a model runs. Without slots each
+# adapter is for a group of its own, in order.
 SLOTS, GROUP, SCALING, DECOMPOSED = "slots", "group", "scaling", "decomposed"
 
 
@@ -77,8 +78,15 @@ class BankRule(BesideRule):
         def one(x: Array, a: Array, b: Array) -> Array:
             return adapter.apply({"params": {"a": a, "b": b}}, x, method=call.method)
 
-        groups = x.reshape((bank[SLOTS].shape[0], -1, *x.shape[1:]))
-        delta = jax.vmap(one)(groups, *_chosen(bank)).reshape((x.shape[0], *y.shape[1:]))
+        groups = _groups(bank)
+        if groups == 1:  # the program of one adapter
+            delta = one(x, *(chosen[0] for chosen in _chosen(bank)))
+        else:
+            delta = jax.vmap(one)(x.reshape((groups, -1, *x.shape[1:])), *_chosen(bank))
+        delta = delta.reshape((x.shape[0], *y.shape[1:]))
+        if SLOTS in bank:
+            adapted = _against(self._each(call, bank[SLOTS] != -1), delta)
+            delta = jnp.where(adapted, delta, 0)
         return delta.astype(y.dtype)
 
     def gain(self, call: Call, layer: Layer) -> Array:
@@ -87,21 +95,25 @@ class BankRule(BesideRule):
         equation = parse_equation(layer.equation(call))
         delta = equation.low_rank(batch_in_b=layer.kind in BATCH_IN_B).delta
 
-        def one(a: Array, b: Array, magnitude: Array, decomposed: Array) -> Array:
-            gain = gains(magnitude, adapted_norms(weight, a, b, delta, 1.0, equation.kept))
-            return jnp.where(decomposed, gain, 1)
+        def one(a: Array, b: Array, magnitude: Array) -> Array:
+            return gains(magnitude, adapted_norms(weight, a, b, delta, 1.0, equation.kept))
 
-        leaves = (bank["magnitude"], bank[DECOMPOSED])
-        if leaves[0].shape[0] <= bank[SLOTS].shape[0]:  # fewer adapters than examples
-            every = jax.vmap(one)(bank["a"], _times(bank["b"], bank[SCALING]), *leaves)
-            chosen = _taken(every, bank, 1)
+        if bank["a"].shape[0] <= _groups(bank):  # fewer adapters than examples
+            scaled = _times(bank["b"], bank[SCALING])
+            chosen = _taken(jax.vmap(one)(bank["a"], scaled, bank["magnitude"]), bank)
         else:
-            chosen = jax.vmap(one)(*_chosen(bank), *(_taken(leaf, bank, 0) for leaf in leaves))
-        return self._each(call, chosen)
+            chosen = jax.vmap(one)(*_chosen(bank), _taken(bank["magnitude"], bank))
+        decomposed = _taken(bank[DECOMPOSED], bank)
+        if SLOTS in bank:
+            decomposed &= bank[SLOTS] != -1
+        return self._each(call, jnp.where(_against(decomposed, chosen), chosen, 1))
 
     def shift(self, call: Call, layer: Layer, dtype: Any) -> Array:
         bank = _bank(call)
-        return self._each(call, _taken(_times(bank["bias"], bank[SCALING]), bank, 0))
+        chosen = _times(_taken(bank["bias"], bank), _scaling(bank))
+        if SLOTS in bank:
+            chosen = jnp.where(_against(bank[SLOTS] == -1, chosen), 0, chosen)
+        return self._each(call, chosen)
 
     def _each(self, call: Call, chosen: Array) -> Array:
         """What is known of each group of examples, for each example."""
@@ -109,7 +121,7 @@ class BankRule(BesideRule):
 
     def _examples(self, call: Call, layer: Layer, x: Array, bank: Mapping[str, Array]) -> Array:
         """The layer's input, with one entry along axis 0 for each example."""
-        count = bank[SLOTS].shape[0] * bank[GROUP].shape[0]
+        count = _groups(bank) * bank[GROUP].shape[0]
         if not _has_examples(call, layer, x):
             equation = layer.equation(call)
             self._refuse(call, f"has no axis of examples in front ('{equation}' of {x.shape})")
@@ -147,13 +159,13 @@ def _bank(call: Call) -> Mapping[str, Array]:
     found = call.module.scope.get_variable("params", adapter_name(call.module, layer.param, BANK))
     if found is None:
         return {}
-    if SLOTS not in found:
+    if SCALING not in found:
         raise ValueError(
             f"The layer at '{call.path}' has a bank of adapters, of which none is chosen. Run a "
             "`peft.MultiAdapterModel` with adapters=bank.select(names)."
         )
-    flat = {name: found[name].reshape(-1) for name in (SLOTS, GROUP, SCALING, DECOMPOSED)}
-    return {**found, **flat}
+    chosen = [name for name in (SLOTS, GROUP, SCALING, DECOMPOSED) if name in found]
+    return {**found, **{name: found[name].reshape(-1) for name in chosen}}
 
 
 def _rank(bank: Mapping[str, Array], equation: str, kind: str) -> int:
@@ -163,19 +175,27 @@ def _rank(bank: Mapping[str, Array], equation: str, kind: str) -> int:
 
 
 def _chosen(bank: Mapping[str, Array]) -> tuple[Array, Array]:
-    """``a`` and ``scaling * b`` of each group of examples."""
-    scaled = _times(_taken(bank["b"], bank, 0), _taken(bank[SCALING], bank, 0))
-    return _taken(bank["a"], bank, 0), scaled
+    """``a`` and ``scaling * b`` of each group of examples; of some adapter where none is chosen."""
+    return _taken(bank["a"], bank), _times(_taken(bank["b"], bank), _scaling(bank))
 
 
-def _taken(leaf: Array, bank: Mapping[str, Array], plain: Any) -> Array:
-    """The entries of the chosen slots; ``plain`` where none is chosen, NaN where there is none."""
-    slots = bank[SLOTS]
-    entries = jnp.take(leaf, jnp.maximum(slots, 0), axis=0, mode="clip")
-    outside = (slots >= leaf.shape[0]) | (slots < -1)
-    if leaf.dtype != jnp.bool_:
-        entries = jnp.where(_against(outside, entries), jnp.asarray(jnp.nan, leaf.dtype), entries)
-    return jnp.where(_against(slots == -1, entries), jnp.asarray(plain, leaf.dtype), entries)
+def _scaling(bank: Mapping[str, Array]) -> Array:
+    """Of each group of examples; NaN where there is no such slot."""
+    scaling = _taken(bank[SCALING], bank)
+    if SLOTS not in bank:
+        return scaling
+    outside = (bank[SLOTS] >= bank[SCALING].shape[0]) | (bank[SLOTS] < -1)
+    return jnp.where(outside, jnp.nan, scaling)
+
+
+def _groups(bank: Mapping[str, Array]) -> int:
+    """How many groups of examples there are."""
+    return bank[SLOTS if SLOTS in bank else SCALING].shape[0]
+
+
+def _taken(leaf: Array, bank: Mapping[str, Array]) -> Array:
+    """The entries of the chosen slots."""
+    return jnp.take(leaf, bank[SLOTS], axis=0, mode="clip") if SLOTS in bank else leaf
 
 
 def _against(values: Array, array: Array) -> Array:

@@ -27,6 +27,7 @@ class Selection(struct.PyTreeNode):
       decomposed: for each layer ``(slots,)`` bool: which adapters have a magnitude (DoRA).
       group_size: how many examples in a row share an entry of ``slots``.
       layers: how each layer lies in the bank.
+      is_each: whether ``slots`` are all of the bank's, in order.
     """
 
     slots: Array
@@ -34,6 +35,7 @@ class Selection(struct.PyTreeNode):
     decomposed: dict[str, Array]
     group_size: int = struct.field(pytree_node=False)
     layers: tuple[tuple[str, Slots], ...] = struct.field(pytree_node=False)
+    is_each: bool = struct.field(pytree_node=False, default=False)
 
     def insert(self, params: Any) -> Any:
         """The parameters of a model and a bank, with the choice beside each layer of the bank.
@@ -44,8 +46,8 @@ class Selection(struct.PyTreeNode):
           ValueError: where the parameters lack a layer of the bank.
         """
         for path, layer in self.layers:
-            chosen = {
-                SLOTS: layer.everywhere(self.slots),
+            chosen = {} if self.is_each else {SLOTS: layer.everywhere(self.slots)}
+            chosen |= {
                 GROUP: layer.everywhere(jnp.zeros(self.group_size, jnp.int8)),
                 SCALING: layer.everywhere(self.scaling[path]),
                 DECOMPOSED: layer.everywhere(self.decomposed[path]),
