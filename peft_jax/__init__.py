@@ -47,12 +47,14 @@ from peft_jax._quantized import (
 )
 from peft_jax._registry import register_layer
 from peft_jax._specs import LayerSpec, LoraSpec
+from peft_jax._status import AdapterRow, AdapterStatus, adapter_status
 from peft_jax._stored import StoredValues
 from peft_jax._summary import Summary, SummaryRow, summarize
 from peft_jax._trainable import print_trainable_parameters, trainable_mask
 from peft_jax._unfuse import unfuse_params
 from peft_jax.adapters import (
     AdapterBank,
+    CombinedLora,
     MultiAdapterModel,
     Selection,
     SharedStack,
@@ -71,10 +73,21 @@ from peft_jax.initializers import (
     replace_lora_weights_loftq,
     subtract_mutated_init,
 )
-from peft_jax.io import export_gguf
+from peft_jax.io import (
+    export_gguf,
+    export_gguf_adapter,
+    load_adapter,
+    load_gguf_adapter,
+    restore_orbax,
+    save_adapter,
+    save_orbax,
+)
 
 __all__ = [
     "AdapterBank",
+    "AdapterRow",
+    "AdapterStatus",
+    "CombinedLora",
     "CordaConfig",
     "EvaConfig",
     "Int4Conv",
@@ -115,6 +128,7 @@ __all__ = [
     "SummaryRow",
     "TaskType",
     "adapter_names",
+    "adapter_status",
     "adapter_value_and_grad",
     "add_adapter",
     "add_weighted_adapter",
@@ -125,6 +139,7 @@ __all__ = [
     "disable_adapters",
     "enable_adapters",
     "export_gguf",
+    "export_gguf_adapter",
     "fuse_params",
     "get_adapter",
     "get_eva_state_dict",
@@ -132,6 +147,8 @@ __all__ = [
     "init_lora_weights",
     "initialize_lora_eva_weights",
     "layer_specs",
+    "load_adapter",
+    "load_gguf_adapter",
     "lora_specs",
     "merge_params",
     "per_adapter",
@@ -143,6 +160,9 @@ __all__ = [
     "rename_adapter",
     "replace_lora_weights_loftq",
     "replicate_layers",
+    "restore_orbax",
+    "save_adapter",
+    "save_orbax",
     "simulate_quantize",
     "split_params",
     "stack_adapters",

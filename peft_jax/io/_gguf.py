@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +20,9 @@ from peft_jax._stacked import layer_axes
 from peft_jax._stored import StoredValues, as_stored, unpack
 from peft_jax._stored_trees import stored_weights
 from peft_jax._trees import adapter_paths, children, is_branch
+from peft_jax.io._gguf_file import FileTensor, check_names, write_gguf
 
 _BLOCK = 32
-_LONGEST_NAME = 63  # of GGML's 64 bytes the last ends the name
 _MOST_AXES = 4
 
 
@@ -60,47 +58,13 @@ def export_gguf(
       ValueError: on values stored by methods that GGML does not know, adapters, names that are
         unknown, too long or taken, and where the package ``gguf`` is missing. No file is left then.
     """
-    gguf = _package()
     tensors = list(_tensors(params, specs))
     table = _named([tensor.path for tensor in tensors], names)
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        _write(gguf, partial, architecture, tensors, table)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    in_file = [
+        FileTensor(table[t.path], t.file_shape, t.file_dtype, t.type, t.data) for t in tensors
+    ]
+    write_gguf(path, architecture, in_file, caller="export_gguf")
     return table
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError(
-            "export_gguf needs the package `gguf`. Install it by `pip install 'peft_jax[gguf]'`."
-        ) from error
-    return gguf
-
-
-def _write(
-    gguf: Any, path: Path, architecture: str, tensors: list[_Tensor], names: Mapping[str, str]
-) -> None:
-    writer = gguf.GGUFWriter(path, architecture)
-    with contextlib.closing(writer):
-        for tensor in tensors:
-            writer.add_tensor_info(
-                names[tensor.path],
-                tensor.file_shape,
-                tensor.file_dtype,
-                math.prod(tensor.file_shape) * tensor.file_dtype.itemsize,
-                raw_dtype=getattr(gguf.GGMLQuantizationType, tensor.type, None),
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:  # one at a time
-            writer.write_tensor_data(tensor.data())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,16 +207,5 @@ def _named(paths: list[str], names: Any) -> dict[str, str]:
         table = {path: given.get(path, path.replace("/", ".")) for path in paths}
     else:
         table = {path: names(path) if names else path.replace("/", ".") for path in paths}
-    for path, name in table.items():
-        if not isinstance(name, str) or not 0 < len(name.encode()) <= _LONGEST_NAME:
-            raise ValueError(
-                f"export_gguf: '{path}' would be named {name!r}; a tensor's name is a string of 1 "
-                f"to {_LONGEST_NAME} bytes. Give another by `names=`."
-            )
-        twin = next(other for other, taken in table.items() if taken == name)
-        if twin != path:
-            raise ValueError(
-                f"export_gguf: '{path}' and '{twin}' would both be named {name!r}. Give another "
-                "by `names=`."
-            )
+    check_names(table.items(), "export_gguf")
     return table
