@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[16, 1])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[64, 16, 1])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--trained", type=int, default=8)
     parser.add_argument("--trained-tokens", type=int, nargs="*", default=[512, 64])

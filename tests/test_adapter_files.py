@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peft_jax as peft
-from peft_jax import load_adapter
+from peft_jax import load_adapter, save_adapter
 from peft_jax.io._adapter_names import Renames
-from peft_jax import save_adapter
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -14,8 +14,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import peft_jax as peft
-from peft_jax import load_adapter
-from peft_jax import save_adapter
+from peft_jax import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
@@ -31,6 +30,7 @@ from peers import (  # noqa: E402 (it needs the three above)
     net_peer,
     quick_jit,
     randomize,
+    their_model,
 )
 from safetensors.numpy import load_file  # noqa: E402
 from test_lora_config import carried_experts, experts_peer  # noqa: E402
@@ -84,7 +84,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 @functools.cache
 def case(name: str) -> Pair:
-    """A model that `peft` trained for a few steps, with nothing left at zero."""
+    """A model of `peft` whose trained parameters are drawn anew, with nothing left at zero."""
     peer, options = CASES[name]
     return adapted(peer, **{"r": 4, "lora_alpha": 6, **options})
 
@@ -128,6 +128,29 @@ def test_what_peft_saved_is_loaded(name: str, by_specs: bool, tmp_path: Path) ->
         np.testing.assert_array_equal(found[path], value, err_msg=path)
     model = peft.get_peft_model(pair.peer.ours, config)
     assert_same_logits(pair, model, with_adapter(pair, lora))
+
+
+TRAINED = ["gpt2", "bert", "llama", "rslora", "dora", "patterns", "lora bias", "saved head"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_peft_trained_is_loaded(name: str, tmp_path: Path) -> None:
+    peer, options = CASES[name]
+    theirs = their_model(peer, **{"r": 4, "lora_alpha": 6, **options})
+    trained = [value for value in theirs.parameters() if value.requires_grad]
+    optimizer, before = torch.optim.Adam(trained, lr=0.02), peer.their_logits(theirs).detach()
+    for _ in range(4):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(peer.their_logits(theirs), torch.ones_like(before)).backward()
+        optimizer.step()
+    after = peer.their_logits(theirs).detach()
+    assert (after - before).abs().max() > 0.1
+    theirs.save_pretrained(tmp_path)
+    base = unflatten_dict(peer.base, sep="/")
+    lora, config = load_adapter(tmp_path, base=base)
+    model, params = peft.get_peft_model(peer.ours, config), peft.add_adapter(base, lora)
+    ours = quick_jit(lambda params: peer.our_logits(model, params))(params)
+    assert_close(ours, after.numpy())
 
 
 @every_case
