@@ -246,9 +246,9 @@ def _dispatch(
     state = dataclasses.replace(state, running=(*state.running, module))
     special = None if state.muted else _SPECIAL_CALLS.get((layer_type(module), call.method))
     with using(state):
-        if not rules and not state.extents and special is None:
+        if not rules and not state.acting and special is None:
             return next_fun(*args, **kwargs)
-        run = functools.partial(_run, rules, state.extents, next_fun)
+        run = functools.partial(_run, rules, state.acting, next_fun)
         return run(call) if special is None else special(call, run)
 
 

@@ -120,6 +120,13 @@ class State:
         return self.muted_in is not None
 
     @property
+    def acting(self) -> tuple[Extent, ...]:
+        """The extents whose rules act."""
+        if not self.muted:
+            return self.extents
+        return tuple(extent for extent in self.extents if extent.rule.order != ADAPTER)
+
+    @property
     def idle(self) -> bool:
         """Whether no rule can apply."""
         return not (self.entries or self.local or self.extents)
@@ -270,12 +277,8 @@ def record() -> Iterator[None]:
 @contextlib.contextmanager
 def mute_adapters(*, muted: bool = True) -> Iterator[None]:
     """Within, adapter rules do nothing (or act again); storage and simulation still act."""
-    state = current()
-    extents = state.extents
-    if muted:
-        extents = tuple(extent for extent in extents if extent.rule.order != ADAPTER)
     thread = threading.get_ident() if muted else None
-    with using(dataclasses.replace(state, muted_in=thread, extents=extents)):
+    with using(dataclasses.replace(current(), muted_in=thread)):
         yield
 
 

@@ -204,6 +204,21 @@ def test_plot_of_weights_and_of_nothing(base, tmp_path, capsys):
     succeed(capsys, "inspect", folder, "--plot", tmp_path / "zeros.png")
 
 
+def test_numbers_that_are_not_finite(tmp_path, capsys):
+    """JSON knows none; and they have no spectrum."""
+    arrays = llama_adapter()
+    arrays["model.layers.0.mlp.up_proj.lora_A.weight"][1, 2] = np.nan
+    folder = write_adapter(tmp_path / "adapter", arrays, r=4, target_modules=["q_proj", "up_proj"])
+    report = json.loads(succeed(capsys, "inspect", folder, "--json"), parse_constant=pytest.fail)
+    norms = {layer["name"]: layer["delta_norm"] for layer in report["layers"]}
+    assert [name for name, norm in norms.items() if norm is None] == ["model.layers.0.mlp.up_proj"]
+    status, _, err = run(capsys, "inspect", folder, "--plot", tmp_path / "picture.png")
+    assert status == 2
+    assert "up_proj" in err
+    assert not (tmp_path / "picture.png").exists()
+    assert run(capsys, "diff", folder, folder)[0] == 0
+
+
 def test_plot_without_matplotlib(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     error = fail(capsys, "inspect", base, "--plot", tmp_path / "x.png")

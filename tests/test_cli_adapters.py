@@ -25,13 +25,12 @@ from helpers import randomised
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
-from peft_jax.adapters._combine import add_weighted_adapter
+from peft_jax.adapters import add_weighted_adapter
 from peft_jax.adapters._combine_table import COMBINATIONS
 from peft_jax.cli import _fuse
 from peft_jax.cli._adapters import load
 from peft_jax.cli._checkpoints import open_checkpoint
-from peft_jax.io._adapter_saving import save_adapter
-from peft_jax.io._orbax import save_orbax
+from peft_jax.io import save_adapter, save_orbax
 
 
 def names_of(tree, separator):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from cli_files import (
     fail,
@@ -204,6 +205,22 @@ def test_errors_name_the_weight_and_the_remedy(tmp_path, capsys):
     succeed(capsys, "quantize", file, output, "--method", "int8")
     again = fail(capsys, "quantize", output, tmp_path / "again.safetensors", "--method", "int8")
     assert "already" in again
+
+
+def test_a_tree_of_orbax_keeps_its_containers(tmp_path, capsys):
+    """Lists stay lists, and every array is where it was."""
+    layers = [{"kernel": jnp.asarray(numbers(32, 8, seed=i))} for i in range(11)]
+    tree = {"params": {"layers": layers, "norm": {"scale": jnp.ones(8, jnp.bfloat16)}}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "in", tree)
+    succeed(capsys, "quantize", tmp_path / "in", tmp_path / "out", "--method", "int8")
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "out")
+    expected = serialization.to_state_dict(peft.quantize_checkpoint(tree["params"], method="int8"))
+    assert isinstance(found["params"]["layers"], list)
+    found = serialization.to_state_dict(found["params"])
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
 # --- Memory --------------------------------------------------------------------------------------

@@ -123,12 +123,16 @@ def reordered(rows, heads):
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def test_convert_to_gguf_and_back(tmp_path):
+def test_convert_to_gguf_and_back(tmp_path, capsys):
     targets = ["q_proj", "k_proj", "down_proj"]
     saved(tmp_path, "llama", target_modules=targets)
     adapter, file = str(tmp_path / "adapter"), str(tmp_path / "adapter.gguf")
     heads = ["--permute-heads", "4", "2"]
-    assert main(["convert", adapter, file, "--to", "gguf", "--architecture", "llama", *heads]) == 0
+    command = ["convert", adapter, file, "--to", "gguf", "--architecture", "llama"]
+    assert main(command) == 0
+    assert "--permute-heads" in capsys.readouterr().err
+    assert main([*command, *heads, "--force"]) == 0
+    assert "--permute-heads" not in capsys.readouterr().err
     reader = gguf.GGUFReader(file)
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     theirs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
