@@ -30,7 +30,8 @@ from peft_jax._wrapper import Wrapper
 
 # What lies in a bank beside the adapters' own leaves, while a model runs. Without slots each
 # adapter is for a group of its own, in order.
-SLOTS, GROUP, SCALING, DECOMPOSED = "slots", "group", "scaling", "decomposed"
+SLOTS, GROUP, SCALING = "slots", "group", "scaling"
+DECOMPOSED, BIASED = "decomposed", "biased"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +100,20 @@ class BankRule(BesideRule):
             return gains(magnitude, adapted_norms(weight, a, b, delta, 1.0, equation.kept))
 
         if bank["a"].shape[0] <= _groups(bank):  # fewer adapters than examples
-            scaled = _times(bank["b"], bank[SCALING])
+            # Free slots have no scaling: a number in its place keeps NaN out of their gradients.
+            scaled = _times(bank["b"], jnp.nan_to_num(bank[SCALING]))
             chosen = _taken(jax.vmap(one)(bank["a"], scaled, bank["magnitude"]), bank)
         else:
             chosen = jax.vmap(one)(*_chosen(bank), _taken(bank["magnitude"], bank))
-        decomposed = _taken(bank[DECOMPOSED], bank)
-        if SLOTS in bank:
-            decomposed &= bank[SLOTS] != -1
-        return self._each(call, jnp.where(_against(decomposed, chosen), chosen, 1))
+        decomposed = _against(_taken(bank[DECOMPOSED], bank), chosen)
+        return self._each(call, jnp.where(decomposed, chosen, 1))
 
     def shift(self, call: Call, layer: Layer, dtype: Any) -> Array:
+        """0 for the examples whose adapter has no bias."""
         bank = _bank(call)
         chosen = _times(_taken(bank["bias"], bank), _scaling(bank))
-        if SLOTS in bank:
-            chosen = jnp.where(_against(bank[SLOTS] == -1, chosen), 0, chosen)
-        return self._each(call, chosen)
+        biased = _against(_taken(bank[BIASED], bank), chosen)
+        return self._each(call, jnp.where(biased, chosen, 0))
 
     def _each(self, call: Call, chosen: Array) -> Array:
         """What is known of each group of examples, for each example."""
@@ -164,7 +164,7 @@ def _bank(call: Call) -> Mapping[str, Array]:
             f"The layer at '{call.path}' has a bank of adapters, of which none is chosen. Run a "
             "`peft.MultiAdapterModel` with adapters=bank.select(names)."
         )
-    chosen = [name for name in (SLOTS, GROUP, SCALING, DECOMPOSED) if name in found]
+    chosen = [name for name in (SLOTS, GROUP, SCALING, DECOMPOSED, BIASED) if name in found]
     return {**found, **{name: found[name].reshape(-1) for name in chosen}}
 
 
@@ -175,7 +175,7 @@ def _rank(bank: Mapping[str, Array], equation: str, kind: str) -> int:
 
 
 def _chosen(bank: Mapping[str, Array]) -> tuple[Array, Array]:
-    """``a`` and ``scaling * b`` of each group of examples; of some adapter where none is chosen."""
+    """``a`` and ``scaling * b`` of each group of examples."""
     return _taken(bank["a"], bank), _times(_taken(bank["b"], bank), _scaling(bank))
 
 
@@ -194,8 +194,11 @@ def _groups(bank: Mapping[str, Array]) -> int:
 
 
 def _taken(leaf: Array, bank: Mapping[str, Array]) -> Array:
-    """The entries of the chosen slots."""
-    return jnp.take(leaf, bank[SLOTS], axis=0, mode="clip") if SLOTS in bank else leaf
+    """The entries of the chosen slots; zeros, without a gradient, where there is no such slot."""
+    if SLOTS not in bank:
+        return leaf
+    slots = jnp.where(bank[SLOTS] < 0, leaf.shape[0], bank[SLOTS])
+    return jnp.take(leaf, slots, axis=0, mode="fill", fill_value=0)
 
 
 def _against(values: Array, array: Array) -> Array:

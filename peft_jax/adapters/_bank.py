@@ -109,13 +109,15 @@ class AdapterBank:
             raise ValueError(f"select: group_size is a positive integer, got {group_size!r}.")
         slots = self._slots(adapters)
         filled = jnp.asarray([name is not None for name in self.names])
-        scaling, decomposed = {}, {}
+        scaling, decomposed, biased = {}, {}, {}
         for path in self.layers:
             found = [at_bank(specs).get(path) for specs in self.specs]
             values = jnp.asarray([0.0 if s is None else s.scaling for s in found], jnp.float32)
             scaling[path] = jnp.where(filled, values, jnp.nan)
             decomposed[path] = jnp.asarray([s is not None and s.variant == "dora" for s in found])
-        return Selection(slots, scaling, decomposed, group_size, tuple(self.layers.items()))
+            biased[path] = jnp.asarray([s is not None and s.bias is not None for s in found])
+        layers = tuple(self.layers.items())
+        return Selection(slots, scaling, decomposed, biased, group_size, layers)
 
     def each(self, group_size: int = 1) -> Selection:
         """Chooses every adapter once, in the order of their slots, for ``group_size`` examples.
@@ -152,7 +154,9 @@ class AdapterBank:
                     f"The bank's slots {empty[:10]} hold no adapter; filled are {sorted(filled)}, "
                     "and -1 stands for the plain base."
                 )
-        return jnp.asarray(adapters, jnp.int32)
+        limits = jnp.iinfo(adapters.dtype)  # of a wider type, numbers would wrap around
+        lowest, highest = max(limits.min, -2), min(limits.max, self.capacity)
+        return jnp.clip(jnp.asarray(adapters), lowest, highest).astype(jnp.int32)
 
     def merge(self, base: Any) -> Any:
         """The parameters for `MultiAdapterModel`: the base's, with the bank beside its layers."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from peft_jax._bank_rule import DECOMPOSED, GROUP, SCALING, SLOTS
+from peft_jax._bank_rule import BIASED, DECOMPOSED, GROUP, SCALING, SLOTS
 from peft_jax.adapters._slots import Slots
 
 Array = jax.Array
@@ -25,6 +25,7 @@ class Selection(struct.PyTreeNode):
       slots: ``(examples / group_size,)`` int32; -1: the plain base.
       scaling: for each layer of the bank ``(slots,)`` float32.
       decomposed: for each layer ``(slots,)`` bool: which adapters have a magnitude (DoRA).
+      biased: for each layer ``(slots,)`` bool: which adapters have a bias of their own.
       group_size: how many examples in a row share an entry of ``slots``.
       layers: how each layer lies in the bank.
       is_each: whether ``slots`` are all of the bank's, in order.
@@ -33,6 +34,7 @@ class Selection(struct.PyTreeNode):
     slots: Array
     scaling: dict[str, Array]
     decomposed: dict[str, Array]
+    biased: dict[str, Array]
     group_size: int = struct.field(pytree_node=False)
     layers: tuple[tuple[str, Slots], ...] = struct.field(pytree_node=False)
     is_each: bool = struct.field(pytree_node=False, default=False)
@@ -51,6 +53,7 @@ class Selection(struct.PyTreeNode):
                 GROUP: layer.everywhere(jnp.zeros(self.group_size, jnp.int8)),
                 SCALING: layer.everywhere(self.scaling[path]),
                 DECOMPOSED: layer.everywhere(self.decomposed[path]),
+                BIASED: layer.everywhere(self.biased[path]),
             }
             params = _beside(params, path.split("/"), chosen, path)
         return params

@@ -39,6 +39,7 @@ class Slots:
     @classmethod
     def of(cls, spec: LoraSpec, a: Any, b: Any) -> Slots:
         """For adapters like the one that has these arrays, or arrays of these shapes."""
+        a, b = meta.unbox(a), meta.unbox(b)
         depth = np.ndim(a) - len(spec.letters[0])
         axes = spec.stack_axes or (0,) * depth
         firsts = [jax.eval_shape(lambda leaf: stack_first(leaf, axes), leaf) for leaf in (a, b)]

@@ -112,10 +112,10 @@ def adapter_value_and_grad(
         if count == number:
             return all_of(params, selection, batches)
         first = jax.tree.map(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0), params, axes)
-        given = (first, (selection.scaling, selection.decomposed), batches)
+        given = (first, (selection.scaling, selection.decomposed, selection.biased), batches)
 
         def some(given: Any) -> tuple[Array, Any]:
-            first, (scaling, decomposed), batches = given
+            first, (scaling, decomposed, biased), batches = given
             params = jax.tree.map(lambda leaf, axis: jnp.moveaxis(leaf, 0, axis), first, axes)
             length = next(iter(scaling.values())).shape[0]
             chosen = dataclasses.replace(
@@ -123,6 +123,7 @@ def adapter_value_and_grad(
                 slots=jnp.arange(length, dtype=jnp.int32),
                 scaling=scaling,
                 decomposed=decomposed,
+                biased=biased,
             )
             values, gradients = all_of(params, chosen, batches)
             return values, jax.tree.map(lambda g, axis: jnp.moveaxis(g, axis, 0), gradients, axes)
