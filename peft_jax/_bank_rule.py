@@ -222,5 +222,13 @@ def banked(module: nn.Module) -> nn.Module:
     banks = [name for name, branch in names.items() if is_bank(name, branch)]
     if not banks:
         return module
-    require_layer(module, f"The bank {banks[0]!r} at '{'/'.join(module.scope.path)}' adapts")
+    path = "/".join(module.scope.path)
+    layer = require_layer(module, f"The bank {banks[0]!r} at '{path}' adapts")
+    others = sorted({*banks} - {adapter_name(module, layer.param, BANK)})
+    if others:
+        raise ValueError(
+            f"The bank {others[0]!r} at '{path}' is of another parameter than {layer.param!r}, by "
+            "which the layer's product is told: it cannot act beside the layer. Stack adapters "
+            "without it, or run them one after the other."
+        )
     return _Banked(wrapped=module)

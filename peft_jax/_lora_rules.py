@@ -220,7 +220,8 @@ def _gained(rule: BesideRule, call: Call, layer: Layer, z: Array) -> Array:
     total = scaled_along(z.astype(dtype), gain.astype(dtype), named, letters)
     bias = meta.unbox(call.module.get_variable("params", layer.bias))
     if bias is not None:
-        total = total + rule.along((1 - gain) * bias.astype(dtype), equation.kept, axes)
+        bias = jnp.broadcast_to(bias.astype(dtype), gain.shape)
+        total = total + rule.along((1 - gain) * bias, equation.kept, axes)
     return total.astype(z.dtype)
 
 

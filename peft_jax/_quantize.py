@@ -297,7 +297,7 @@ def is_known(x: Any) -> bool:
 
 def check_range(method: QuantizationMethod, found: Range | None) -> None:
     """Refuses what has no scale; numbers are not known inside ``jax.jit``."""
-    if found is None:
+    if found is None or not all(map(is_known, found)):
         return
     finite, fits = found
     if not finite:

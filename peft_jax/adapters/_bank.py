@@ -103,7 +103,7 @@ class AdapterBank:
         Raises:
           ValueError: on an unknown name, or a slot without an adapter.
         """
-        if isinstance(adapters, str):
+        if isinstance(adapters, str) or not isinstance(adapters, Iterable):
             raise ValueError(f"select takes a name for each example, got one: {adapters!r}.")
         if not isinstance(group_size, int) or group_size < 1:
             raise ValueError(f"select: group_size is a positive integer, got {group_size!r}.")
