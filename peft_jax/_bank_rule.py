@@ -83,7 +83,8 @@ class BankRule(BesideRule):
         if groups == 1:  # the program of one adapter
             delta = one(x, *(chosen[0] for chosen in _chosen(bank)))
         else:
-            delta = jax.vmap(one)(x.reshape((groups, -1, *x.shape[1:])), *_chosen(bank))
+            grouped = x.reshape((groups, bank[GROUP].shape[0], *x.shape[1:]))
+            delta = jax.vmap(one)(grouped, *_chosen(bank))
         delta = delta.reshape((x.shape[0], *y.shape[1:]))
         if SLOTS in bank:
             adapted = _against(self._each(call, bank[SLOTS] != -1), delta)
@@ -100,8 +101,8 @@ class BankRule(BesideRule):
             return gains(magnitude, adapted_norms(weight, a, b, delta, 1.0, equation.kept))
 
         if bank["a"].shape[0] <= _groups(bank):  # fewer adapters than examples
-            # Free slots have no scaling: a number in its place keeps NaN out of their gradients.
-            scaled = _times(bank["b"], jnp.nan_to_num(bank[SCALING]))
+            # Free slots hold NaN: numbers in their place keep it out of their gradients.
+            scaled = jnp.nan_to_num(_times(bank["b"], bank[SCALING]))
             chosen = _taken(jax.vmap(one)(bank["a"], scaled, bank["magnitude"]), bank)
         else:
             chosen = jax.vmap(one)(*_chosen(bank), _taken(bank["magnitude"], bank))
@@ -161,8 +162,9 @@ def _bank(call: Call) -> Mapping[str, Array]:
         return {}
     if SCALING not in found:
         raise ValueError(
-            f"The layer at '{call.path}' has a bank of adapters, of which none is chosen. Run a "
-            "`peft.MultiAdapterModel` with adapters=bank.select(names)."
+            f"The layer at '{call.path}' has a bank of adapters, of which none is chosen. Run "
+            "`peft.MultiAdapterModel(wrapped=model).apply(..., adapters=bank.select(names))`; a "
+            "model that is bound, or inside another, takes `bank.select(names).insert(params)`."
         )
     chosen = [name for name in (SLOTS, GROUP, SCALING, DECOMPOSED, BIASED) if name in found]
     return {**found, **{name: found[name].reshape(-1) for name in chosen}}

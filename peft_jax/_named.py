@@ -89,8 +89,7 @@ def rename_adapter(tree: Any, name: str, *, old: str | None = None) -> Any:
         adapter of the new name already.
     """
     check_adapter_name("rename_adapter", name)
-    paths = list(tree) if _is_specs(tree) else adapter_paths(tree)
-    names = tuple(dict.fromkeys(named_as(path.rpartition("/")[2]) for path in paths))
+    names = _spec_names(tree) if _is_specs(tree) else adapter_names(tree)
     if old is None and len(names) != 1:
         raise ValueError(
             f"rename_adapter: the tree has adapters named {[*names]}: say which, old=."
@@ -110,7 +109,7 @@ def rename_adapter(tree: Any, name: str, *, old: str | None = None) -> Any:
         }
 
     def update(path: Path, rest: Layer, adapters: Layer) -> Layer:
-        return rest | {renamed(branch): value for branch, value in adapters.items()}
+        return rest | {renamed(branch): rebuild(value, value) for branch, value in adapters.items()}
 
     return map_layers(tree, update)
 
@@ -119,7 +118,7 @@ def get_adapter(params: Any, name: str = DEFAULT, *, config: LoraConfig | None =
     """One adapter out of a parameter tree, as a tree of its own, without its name.
 
     Args:
-      params: of an adapted model.
+      params: of an adapted model; or its specs, for those of the adapter.
       name: of the adapter.
       config: of the adapter. With it the tree also holds what the adapter trained in place: all
         below ``modules_to_save``, and biases, as ``bias`` says. `add_adapter` puts it back.
@@ -127,6 +126,10 @@ def get_adapter(params: Any, name: str = DEFAULT, *, config: LoraConfig | None =
     Raises:
       ValueError: where there is no adapter of this name, with close ones.
     """
+    if _is_specs(params):
+        own = {p: s for p, s in params.items() if named_as(p.rpartition("/")[2]) == name}
+        _refuse_unknown("get_adapter", name, _spec_names(params))
+        return rename_adapter(own, DEFAULT)
     _refuse_unknown("get_adapter", name, adapter_names(params))
     mask = trainable_mask(params, config, adapter_name=name)
     return rename_adapter(_kept(params, mask), DEFAULT, old=name)
@@ -166,7 +169,12 @@ def add_adapter(params: Any, lora: Any, name: str = DEFAULT, *, replace: bool = 
                 "replace=True."
             )
         params = _without(params, name)
-    return _overlaid(params, rename_adapter(lora, name))
+    if not _leaves(lora) or _leaves(lora) < _leaves(params):
+        return _overlaid(params, rename_adapter(lora, name))
+    raise ValueError(
+        "add_adapter takes an adapter, and is given all parameters of a model, which would take "
+        "the place of the base's. Take the adapter out by `get_adapter` or `split_params`."
+    )
 
 
 def delete_adapter(params: Any, name: str = DEFAULT, *, base: Any = None) -> Any:
@@ -249,8 +257,17 @@ def _refuse_not_finite(path: Path, before: Layer, after: Layer) -> None:
 # --- Walks ---------------------------------------------------------------------------------------
 
 
+def _leaves(params: Any) -> int:
+    """How many parameters a tree holds beside its adapters."""
+    return len(jax.tree.leaves(without_adapters(params)))
+
+
 def _is_specs(tree: Any) -> bool:
     return isinstance(tree, Mapping) and any(isinstance(v, LoraSpec) for v in tree.values())
+
+
+def _spec_names(specs: Specs) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(named_as(path.rpartition("/")[2]) for path in specs))
 
 
 def _branch(branch: str, name: str) -> str:
@@ -261,8 +278,11 @@ def _branch(branch: str, name: str) -> str:
 
 def _refuse_unknown(caller: str, name: str, names: Collection[str]) -> None:
     if name not in names:
-        close = difflib.get_close_matches(str(name), names, 3) or sorted(names)[:10]
-        raise ValueError(f"{caller}: there is no adapter named {name!r}; there are {close}.")
+        close = difflib.get_close_matches(str(name), names, 3)
+        raise ValueError(
+            f"{caller}: there is no adapter named {name!r}. Close names: {close}; there are "
+            f"{sorted(names)[:10]}."
+        )
 
 
 def _without(params: Any, name: str) -> Any:

@@ -63,7 +63,7 @@ def _split(tree: Any) -> tuple[Any, Any]:
     lora: dict[Any, Any] = {}
     for key, value in children(tree):
         if isinstance(tree, Mapping) and is_adapter(key, value):
-            lora[key] = value
+            lora[key] = rebuild(value, value)
             continue
         base[key], inside = _split(value)
         if inside is not None:
@@ -127,7 +127,7 @@ def merged_trees(original: Any, lora: Any, path: Path = (), replaced: Any = None
                     f"merge_params: the base has something at '{slashed(inner)}' already. Take "
                     "its adapters off first, by `split_params`."
                 )
-            merged[key] = value
+            merged[key] = rebuild(value, value)
         elif key not in merged:
             close = difflib.get_close_matches(str(key), [str(name) for name in merged], 3)
             raise ValueError(

@@ -149,9 +149,16 @@ class PeftModel(SeveralAdapters):
         Raises:
           ValueError: where the name is taken; as `get_peft_model`.
         """
+        if len(self.peft_configs) == _MOST_ADAPTERS:
+            raise ValueError(
+                f"A model has at most {_MOST_ADAPTERS} adapters beside each other, each a rule "
+                "more in every call. Keep more of them as trees, put in by `peft.add_adapter`, or "
+                "in a bank (`peft.stack_adapters`)."
+            )
         return get_peft_model(self, peft_config, adapter_name)
 
 
+_MOST_ADAPTERS = 64
 _OF_INIT = frozenset({"mutable", "capture_intermediates"})
 
 

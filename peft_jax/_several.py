@@ -59,7 +59,7 @@ class SeveralAdapters(Transparent):
         Raises:
           ValueError: on a name that the model lacks, with close ones.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = _names(adapter_name)
         for name in names:
             self._part(name)
         return self._with_active(names)
@@ -78,7 +78,7 @@ class SeveralAdapters(Transparent):
     def delete_adapter(
         self, params: Any, adapter_name: str, *, base: Any = None
     ) -> tuple[nn.Module, Any]:
-        """The model and its parameters without one adapter.
+        """The model and its parameters without one adapter; the others act as they did.
 
         Args:
           params: of this model.
@@ -106,7 +106,7 @@ class SeveralAdapters(Transparent):
         params: Any,
         *inputs: Any,
         specs: Mapping[str, LoraSpec] | None = None,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
         safe_merge: bool = False,
         progress: bool = False,
         **kwargs: Any,
@@ -127,7 +127,7 @@ class SeveralAdapters(Transparent):
         Raises:
           ValueError: as `fuse_params`; with ``safe_merge``, with the path of the parameter.
         """
-        names = self.active_adapters if adapter_names is None else tuple(adapter_names)
+        names = self.active_adapters if adapter_names is None else _names(adapter_names)
         for name in names:
             self._part(name)
         if specs is None:
@@ -153,7 +153,8 @@ class SeveralAdapters(Transparent):
         if not found:
             close = difflib.get_close_matches(str(name), self.peft_configs, 3)
             raise ValueError(
-                f"The model has no adapter named {name!r}; it has {close or [*self.peft_configs]}."
+                f"The model has no adapter named {name!r}. Close names: {close}; it has "
+                f"{[*self.peft_configs][:10]}."
             )
         return found[0]
 
@@ -182,6 +183,15 @@ class SeveralAdapters(Transparent):
                 "Keep the adapted model."
             )
         return self.get_base_model()
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """One name or several."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise ValueError(f"Adapters are told by a name, or a list of names, got {given!r}.")
+    return tuple(given)
 
 
 def _refuse_lost(part: SeveralAdapters, base: Any) -> None:

@@ -807,8 +807,33 @@ def test_what_training_takes():
         run(bank.params, bank.select(list(bank.names)), jnp.zeros(3))
     with pytest.raises(ValueError, match=r"axis of 3 adapters in front.*\(4,\)"):
         run(bank.params, bank.each(), jnp.zeros(4))
-    with pytest.raises(ValueError, match=r"one number for each adapter, \(3,\), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"floats of shape \(3,\), and nothing else"):
         run(bank.params, bank.each(), jnp.zeros((3, 2)))
+
+
+def test_a_selection_is_of_the_bank_as_it_was():
+    given = two()
+    bank = given.bank()
+    selection = bank.select(["dora"] * 5)
+    less = bank.without("dora")
+    assert jnp.isnan(run_two(less.merge(given.base), X, selection)).all()
+    other = peft.stack_adapters([bank.adapter("dora")[0]], specs=bank.adapter("dora")[1])
+    with pytest.raises(ValueError, match=r"has 1 slots, but adapters were chosen of a bank of 3"):
+        run_two(other.merge(given.base), X, selection)
+
+
+def test_a_batch_of_no_examples():
+    given = served(nn.Dense(4), configs("all-linear"), X)
+    bank = given.bank()
+    y = given.rows(bank.merge(given.base), (X[:0],), bank.select([]))
+    assert y.shape == (0, *X.shape[1:-1], 4)
+
+
+def test_dtypes_are_those_of_floats():
+    lora, specs = two().bank().adapter("dora")
+    for dtype in (jnp.int8, bool, "junk"):
+        with pytest.raises(ValueError, match="stack_adapters: "):
+            peft.stack_adapters([lora], specs=specs, dtype=dtype)
 
 
 def test_a_bank_that_is_switched_off():

@@ -328,19 +328,57 @@ def test_renaming():
             wrong()
 
 
+def test_specs_of_one_adapter():
+    given = three()
+    specs = peft.lora_specs(given.model, X)
+    own = peft.get_adapter(specs, "second")
+    assert set(own) == set(
+        peft.lora_specs(peft.get_peft_model(given.model.get_base_model(), CONFIGS["second"]), X)
+    )
+    with pytest.raises(ValueError, match=r"'secnd'.*Close names: \['second'\]"):
+        peft.get_adapter(specs, "secnd")
+
+
+def test_trees_share_arrays_and_no_dicts():
+    given = three()
+    one = peft.get_adapter(given.params, "first")
+    before = jax.tree.map(lambda leaf: leaf, one)
+    added = peft.add_adapter(given.base, one, "x")
+    for branch in (added, peft.split_params(added).lora, peft.merge_params(given.base, one)):
+        for layer in branch.values():
+            for name in [name for name in layer if name.startswith("lora")]:
+                layer[name].clear()
+    chex.assert_trees_all_equal(one, before)
+
+
+def test_whole_models_and_crowds_are_refused():
+    given = three()
+    whole = peft.add_adapter(given.base, peft.get_adapter(given.params, "first"))
+    with pytest.raises(ValueError, match="given all parameters of a model"):
+        peft.add_adapter(given.base, whole, "x")
+    crowd = given.model
+    for i in range(64 - len(crowd.peft_configs)):
+        crowd = crowd.add_adapter(f"n{i}", CONFIGS["first"])
+    with pytest.raises(ValueError, match=r"at most 64 adapters.*stack_adapters"):
+        crowd.add_adapter("one more", CONFIGS["first"])
+
+
 def test_bad_names_and_trees():
     given = three()
     model, params = given.model, given.params
     one = peft.get_adapter(params, "first")
     for wrong, message in (
-        (lambda: model.set_adapter("frist"), r"no adapter named 'frist'; it has \['first'\]"),
+        (
+            lambda: model.set_adapter("frist"),
+            r"no adapter named 'frist'\. Close names: \['first'\]",
+        ),
         (lambda: model.set_adapter(["first", "x"]), "no adapter named 'x'"),
         (lambda: model.delete_adapter(params, "x"), "no adapter named 'x'"),
         (lambda: model.merge_and_unload(params, X, adapter_names=["x"]), "no adapter named 'x'"),
         (lambda: model.add_adapter("first", CONFIGS["first"]), "named 'first' already"),
         (lambda: model.add_adapter("a/b", CONFIGS["first"]), "without dots and slashes"),
         (lambda: peft.get_adapter(params), "no adapter named 'default'"),
-        (lambda: peft.delete_adapter(params, "frist"), r"'frist'; there are \['first'\]"),
+        (lambda: peft.delete_adapter(params, "frist"), r"'frist'\. Close names: \['first'\]"),
         (lambda: peft.add_adapter(params, one, "first"), "named 'first' already.*replace=True"),
         (lambda: peft.add_adapter(params, params, "x"), "of one name, got the names .*get_adapter"),
         (lambda: peft.add_adapter(params, {}, "x"), r"names \[\]"),

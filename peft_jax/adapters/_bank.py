@@ -178,7 +178,7 @@ class AdapterBank:
         return dataclasses.replace(self, params=params)
 
     def adapter(self, name: str) -> tuple[dict[str, Any], dict[str, LoraSpec]]:
-        """One adapter and its specs, as they were stacked, with the arrays that are there now."""
+        """One adapter and its specs, by the arrays that are there now, in the bank's dtypes."""
         slot = self.slot(name)
         found: dict[str, Leaves] = {}
         for path, spec in self.specs[slot].items():
@@ -191,7 +191,9 @@ class AdapterBank:
     def with_adapter(self, name: str, lora: Any, specs: Specs) -> AdapterBank:
         """The bank with one more adapter, in a free slot, or in place of the one of this name.
 
-        The arrays keep their shapes: no program that takes them is traced anew.
+        The arrays keep their shapes and dtypes, to which the adapter's are rounded: no program
+        that takes them is traced anew. What was selected before is of the bank as it was: select
+        anew.
 
         Raises:
           ValueError: where no slot is free, or the adapter has a layer, a rank, a magnitude or a
@@ -221,8 +223,16 @@ class AdapterBank:
         return self._with(slot, name, dict(specs), nested(new))
 
     def without(self, name: str) -> AdapterBank:
-        """The bank without an adapter, whose slot is free then."""
-        return self._with(self.slot(name), None, {}, self.params)
+        """The bank without an adapter, whose slot is free then.
+
+        What was selected of it before, and is used with the new arrays, gives NaN.
+        """
+        slot, new = self.slot(name), {}
+        for path, layer in self.layers.items():
+            leaves = self._at(path)
+            gone = jnp.full(layer.shape("b"), jnp.nan)
+            new[path] = leaves | {"b": layer.replaced(leaves["b"], slot, gone)}
+        return self._with(slot, None, {}, nested(new))
 
     def _with(self, slot: int, name: str | None, specs: Specs, params: Any) -> AdapterBank:
         names = (*self.names[:slot], name, *self.names[slot + 1 :])

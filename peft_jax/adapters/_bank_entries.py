@@ -86,9 +86,13 @@ def fitting(name: str, path: str, layer: Slots, spec: LoraSpec) -> None:
     """Refuses an adapter of another layer than the bank's."""
     own, other = ((s.param, parse_pattern(s), s.stack_axes, s.shape) for s in (layer.spec, spec))
     if own[:3] != other[:3] or (own[3] and other[3] and own[3] != other[3]):
+        told = [
+            f"{s.param!r} of shape {s.shape} by '{s.equation}' (stack axes {s.stack_axes})"
+            for s in (spec, layer.spec)
+        ]
         raise ValueError(
-            f"The adapter {name!r} is of another model: at '{path}' it adapts {other}, and those "
-            f"before it {own} (parameter, equation, stack axes, shape)."
+            f"The adapter {name!r} is of another model: at '{path}' it adapts {told[0]}, and those "
+            f"before it {told[1]}."
         )
 
 

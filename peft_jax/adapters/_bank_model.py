@@ -31,6 +31,13 @@ class MultiAdapterModel(Transparent):
     """
 
     @nn.nowrap
+    def init_with_output(
+        self, rngs: Any, *args: Any, adapters: Selection | None = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As of the wrapped module; adapters come from a bank, and are not drawn."""
+        return super().init_with_output(rngs, *args, **kwargs)
+
+    @nn.nowrap
     def apply(
         self, variables: Any, *args: Any, adapters: Selection | None = None, **kwargs: Any
     ) -> Any:

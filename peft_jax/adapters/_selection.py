@@ -19,7 +19,8 @@ class Selection(struct.PyTreeNode):
     """Which adapter each example has, and what of the adapters is not trained; a pytree.
 
     Made by `AdapterBank.select`. It passes through ``jax.jit`` as an argument, and no value in it,
-    name or scaling, belongs to the program.
+    name or scaling, belongs to the program. It is of the bank as it was: select anew when adapters
+    come and go.
 
     Attributes:
       slots: ``(examples / group_size,)`` int32; -1: the plain base.
@@ -56,7 +57,20 @@ class Selection(struct.PyTreeNode):
                 BIASED: layer.everywhere(self.biased[path]),
             }
             params = _beside(params, path.split("/"), chosen, path)
+            a = jnp.shape(_at(params, path)["a"])
+            there, known = a[layer.slot_axis(len(a))], self.scaling[path].shape[0]
+            if there != known:
+                raise ValueError(
+                    f"The bank at '{path}' has {there} slots, but adapters were chosen of a bank "
+                    f"of {known}. Select from the bank whose arrays are among the parameters."
+                )
         return params
+
+
+def _at(tree: Any, path: str) -> Any:
+    for part in path.split("/"):
+        tree = tree[part]
+    return tree
 
 
 def _beside(tree: Any, parts: list[str], chosen: Mapping[str, Array], path: str) -> Any:

@@ -81,4 +81,5 @@ def elected_mean(vectors: Array, weights: Array, majority: str) -> Array:
     votes = jnp.sum(vectors if majority == "total" else signs, axis=0)
     agree = signs == jnp.where(votes >= 0, 1, -1).astype(signs.dtype)[None]
     total = jnp.sum(jnp.where(agree, weights[:, None] * vectors, 0), axis=0)
-    return total / jnp.maximum(jnp.sum(agree, axis=0), 1).astype(total.dtype)
+    mean = total / jnp.maximum(jnp.sum(agree, axis=0), 1).astype(total.dtype)
+    return jnp.where(jnp.isnan(votes), votes, mean)  # what is no number has no sign to disagree by

@@ -71,6 +71,8 @@ def stack_adapters(
             "stack_adapters: capacity is an integer of at least 1 and the number of adapters "
             f"({len(trees)}), got {capacity!r}."
         )
+    if dtype is not None and not jnp.issubdtype(_dtype(dtype), jnp.floating):
+        raise ValueError(f"stack_adapters: dtype is one of floats, got {dtype!r}.")
     entries = {name: checked_adapter(name, tree, all_specs[name]) for name, tree in trees.items()}
     layers, leaves = _layers(entries, rank, room_for)
     params: dict[str, Leaves] = {}
@@ -116,6 +118,13 @@ def _named(adapters: Any, specs: Any) -> tuple[dict[str, Any], dict[str, Specs]]
         f"stack_adapters: specs are those of all adapters, or a dict with the specs of each of "
         f"{list(trees)[:10]}, got {specs!r:.200}."
     )
+
+
+def _dtype(dtype: Any) -> Any:
+    try:
+        return jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"stack_adapters: {dtype!r} is no dtype.") from error
 
 
 def _layers(

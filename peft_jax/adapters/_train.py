@@ -21,7 +21,10 @@ def per_adapter(
     """An optimizer that treats each adapter of a bank by itself.
 
     What an optimizer computes over a whole tree (a norm to clip by, a count of steps) it computes
-    for each adapter. The state has an axis of adapters in front of every array.
+    for each adapter. The state has an axis of adapters in front of every array. The zeros by which
+    a smaller rank is padded count where an optimizer takes means over an array (Adafactor, Muon,
+    ``clip_by_block_rms``), and it must not change what has no gradient (as ``add_noise`` does): for
+    such optimizers stack adapters of one rank.
 
     Example::
 
@@ -88,10 +91,12 @@ def adapter_value_and_grad(
     def all_of(params: Any, selection: Selection, batches: Any) -> tuple[Array, Any]:
         def total(params: Any) -> tuple[Array, Array]:
             values = losses(params, selection, *batches)
-            if jnp.shape(values) != selection.slots.shape:
+            number = selection.slots.shape
+            is_array = isinstance(values, jax.Array) and jnp.issubdtype(values.dtype, jnp.floating)
+            if not is_array or values.shape != number:
                 raise ValueError(
                     f"adapter_value_and_grad: losses gives one number for each adapter, "
-                    f"{selection.slots.shape}, got {jnp.shape(values)}."
+                    f"floats of shape {number}, and nothing else; got {values!r:.200}."
                 )
             return jnp.sum(values), values
 
@@ -102,7 +107,7 @@ def adapter_value_and_grad(
         if not isinstance(selection, Selection) or not selection.is_each:
             raise ValueError("adapter_value_and_grad takes the selection bank.each(group_size).")
         number = selection.slots.shape[0]
-        lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(batches)}
+        lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
         if lengths - {(number,)}:
             raise ValueError(
                 f"adapter_value_and_grad: batches have an axis of {number} adapters in front, got "

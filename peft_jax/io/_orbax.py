@@ -141,7 +141,7 @@ def _location(path: str | os.PathLike[str]) -> epath.Path:
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"A checkpoint has a path, got {path!r:.200}.")
     is_remote = "://" in os.fspath(path)
-    return epath.Path(path) if is_remote else epath.Path(path).absolute()
+    return epath.Path(path) if is_remote else epath.Path(os.path.realpath(path))
 
 
 def _checkpointer() -> ocp.Checkpointer:
