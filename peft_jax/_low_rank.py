@@ -152,11 +152,9 @@ def _contract_on_cpu(lhs: Array, rhs: Array, *, equation: str, precision: Precis
         return _multiplied(lhs, jax.lax.optimization_barrier(rhs), equation)
     if _is_scaling(equation):
         return _multiplied(lhs, rhs, equation)
-    both = set(left) & set(right) & set(out)
-    if both and {left[0], right[0], out[0]} != both:
+    if set(left) & set(right) & set(out):
         # XLA's CPU compiler (jaxlib 0.10.2) aborts the process on some batched products whose
-        # operands or result it lays out anew, so they stay as `einsum` has them. With one batch
-        # axis, in front of all, nothing is laid out anew.
+        # operands or result it lays out anew, so they stay as `einsum` has them.
         return jnp.einsum(equation, lhs, rhs, precision=precision)
     size = sizes(equation, lhs.shape, rhs.shape)
     shape = tuple(size[letter] for letter in out)
