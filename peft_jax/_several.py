@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Self
 
 from flax import linen as nn
@@ -15,9 +17,13 @@ from peft_jax._named import delete_adapter, merge_adapters, without_adapters
 from peft_jax._names import DEFAULT, TOKENS, named_as
 from peft_jax._params import dense_spec
 from peft_jax._specs import LoraSpec
+from peft_jax._state import mute_adapters
 from peft_jax._targets import alpha_of, rank_of, tokens_of
 from peft_jax._trees import Layer, Path, map_layers
 from peft_jax._wrapper import Transparent
+
+# The `with` statements of models that have not ended, the innermost last.
+_ENTERED: ContextVar[tuple[contextlib.ExitStack, ...]] = ContextVar("peft_jax_entered", default=())
 
 
 class SeveralAdapters(Transparent):
@@ -66,13 +72,36 @@ class SeveralAdapters(Transparent):
 
     @nn.nowrap
     def disable_adapter_layers(self) -> Self:
-        """The model in which no adapter acts; see also `disable_adapters`, a ``with`` statement."""
+        """The model in which no adapter acts.
+
+        In a ``with`` statement it has no adapter of any model act within, and at the end what was
+        before holds again: it is `disable_adapters` there.
+        """
         return self._with_active(())
 
     @nn.nowrap
     def enable_adapter_layers(self) -> Self:
-        """The model in which all adapters act."""
+        """The model in which all adapters act; in a ``with`` statement it is `enable_adapters`."""
         return self._with_active(tuple(self.peft_configs))
+
+    @nn.nowrap
+    def __enter__(self) -> Self:
+        active = self.active_adapters
+        if active and len(active) < len(self.peft_configs):
+            raise ValueError(
+                f"A `with` statement switches all adapters on or off; of this model's only "
+                f"{[*active]} act. Call what `set_adapter` returns."
+            )
+        stack = contextlib.ExitStack()
+        stack.enter_context(mute_adapters(muted=not active))
+        _ENTERED.set((*_ENTERED.get(), stack))
+        return self
+
+    @nn.nowrap
+    def __exit__(self, *exception: object) -> None:
+        *outer, stack = _ENTERED.get()
+        _ENTERED.set(tuple(outer))
+        stack.close()
 
     @nn.nowrap
     def delete_adapter(

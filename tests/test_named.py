@@ -1,6 +1,7 @@
 """Adapters by their names: in a model, in a tree, and switched off for a while."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -349,6 +350,23 @@ def test_trees_share_arrays_and_no_dicts():
             for name in [name for name in layer if name.startswith("lora")]:
                 layer[name].clear()
     chex.assert_trees_all_equal(one, before)
+
+
+def test_switching_layers_off_is_a_with_statement_too():
+    given = three()
+    model, params = given.model, given.params
+    on, off = (model.apply({"params": params}, X) for model in (model, model.get_base_model()))
+    assert jnp.abs(on - off).max() > 1e-3
+    with model.disable_adapter_layers() as plain:
+        assert plain.active_adapters == ()
+        chex.assert_trees_all_equal(model.apply({"params": params}, X), off)
+        with contextlib.suppress(RuntimeError), model.enable_adapter_layers():
+            chex.assert_trees_all_equal(model.apply({"params": params}, X), on)
+            raise RuntimeError
+        chex.assert_trees_all_equal(model.apply({"params": params}, X), off)
+    chex.assert_trees_all_equal(model.apply({"params": params}, X), on)
+    with pytest.raises(ValueError, match=r"only \['second'\] act"), model.set_adapter("second"):
+        pass
 
 
 def test_whole_models_and_crowds_are_refused():
