@@ -285,7 +285,7 @@ MODELS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("compact", "boxes")))
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("compact", "boxes", "attention")))
         for name in MODELS
     ],
 )
@@ -294,7 +294,9 @@ def test_each_row_is_computed_with_its_own_adapter(name):
     check_rows(served(model(), configs(some, others), x), x)
 
 
-@pytest.mark.parametrize("part", [0, 1], ids=["products", "convolutions"])
+@pytest.mark.parametrize(
+    "part", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["products", "convolutions"]
+)
 def test_each_row_of_every_kind_of_layer(part):
     class Part(nn.Module):
         @nn.compact
@@ -844,6 +846,7 @@ def test_a_bank_that_is_switched_off():
     assert_close(y, given.alone(None, None, (X,)), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_bank_and_an_adapter_for_all_rows():
     """What they add to a layer adds up."""
     given = served(nn.Dense(4), configs("all-linear"), X)

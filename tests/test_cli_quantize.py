@@ -84,7 +84,10 @@ def test_slices_of_rows_change_nothing(method, tmp_path, capsys, monkeypatch):
     checked_against_the_library({"a/kernel": numbers(192, 64)}, method, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("method", ["q4_0", "q4_0_transpose", "int4", "nf4"])
+@pytest.mark.parametrize(
+    "method",
+    ["q4_0_transpose", *(pytest.param(m, marks=pytest.mark.slow) for m in ("q4_0", "int4", "nf4"))],
+)
 def test_torch_layout_has_blocks_along_the_inputs(method, tmp_path, capsys, monkeypatch):
     """Equal to what the transposed kernel becomes by the method with blocks along the inputs."""
     monkeypatch.setattr(_encoding, "_CHUNK", 60 * 192)
@@ -268,6 +271,7 @@ def peak_memory(*arguments):
     return 1024 * int(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path):
     """Half a gigabyte in one tensor."""
     file, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"

@@ -42,6 +42,7 @@ def test_attention():
     }
 
 
+@pytest.mark.slow
 def test_attention_that_decodes_with_a_cache():
     """One token at a time gives what all tokens at once give."""
     model = nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
@@ -98,6 +99,7 @@ def test_recurrent_cells(cell, rule, kernels):
     assert all(path.startswith("cell/") for path in found.specs)
 
 
+@pytest.mark.slow
 def test_a_recurrent_network_both_ways():
     model = nn.Bidirectional(nn.RNN(nn.GRUCell(3)), nn.RNN(nn.GRUCell(3)))
     found = check_adapts(model, DENSE, numbers(1, 3, 2), compare_gradients=False)
@@ -149,6 +151,7 @@ def test_weight_norm_normalises_the_sum():
     )
 
 
+@pytest.mark.slow
 def test_spectral_norm_normalises_the_sum():
     """With the stored vectors, and their update by one step of the power iteration."""
     x = numbers(2, 4)
@@ -220,6 +223,7 @@ def test_norms_of_other_layers(make, shape, request):
 # --- Statistics ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batch_statistics_change_as_in_the_fused_model():
     class Model(nn.Module):
         @nn.compact
@@ -464,6 +468,7 @@ class Transformer(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
+@pytest.mark.slow
 def test_a_deep_transformer():
     """Twelve layers, tied embeddings, 73 adapters: identity, and adapted = fused."""
     model, rule = Transformer(), Adapt(alpha=1)

@@ -232,6 +232,7 @@ def test_capturing_all_intermediates_keeps_those_of_the_plain_model():
     assert_same(found["__call__"], (y,))
 
 
+@pytest.mark.slow
 def test_gradients_of_perturbations():
     model = Everything()
     with LORA:
@@ -553,6 +554,7 @@ def test_a_users_own_wrapper():
     assert_close(y, model.apply(doubled, X))
 
 
+@pytest.mark.slow
 def test_a_users_own_wrapper_and_an_adapter_in_either_order():
     model, own = MLP(), peft.ModuleInterceptor(double)
     variables = adapted(model, X)

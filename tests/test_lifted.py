@@ -153,12 +153,16 @@ class Lifted(nn.Module):
 
 
 BY_HAND = ("scan -1", "vmap 0", "remat", "jit", "scan of vmap")
+QUICK = ("scan 0", "vmap 0", "remat", "function")  # of which `make test` checks the interceptor
 
 
 @pytest.mark.parametrize(
     ("lift", "how"),
     [
-        *((lift, "interceptor") for lift in LIFTS),
+        *(
+            pytest.param(lift, "interceptor", marks=[pytest.mark.slow] * (lift not in QUICK))
+            for lift in LIFTS
+        ),
         *(pytest.param(lift, "by hand", marks=pytest.mark.slow) for lift in BY_HAND),
     ],
 )

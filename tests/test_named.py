@@ -230,6 +230,7 @@ def test_switching_trees_of_one_shape_traces_once():
     assert not np.allclose(outputs[0], outputs[1])
 
 
+@pytest.mark.slow
 def test_a_model_as_a_static_argument_traces_each_choice_once():
     given = three()
 

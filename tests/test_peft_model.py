@@ -986,6 +986,7 @@ def test_frozen_trees_and_other_collections():
     assert frozen.shape == y.shape == (2, 3, 4)
 
 
+@pytest.mark.slow
 def test_lazy_init_tabulate_and_copies():
     adapted = adapt(Compact(), target_modules="all-linear", rank_pattern={"up": 3})
     lazy = adapted.lazy_init(key_of(0), jax.ShapeDtypeStruct(IDS.shape, jnp.int32))

@@ -217,7 +217,7 @@ def test_every_method_and_layer(method, scanned):
     check_stored(given_layers(scanned), method)
 
 
-@pytest.mark.parametrize("method", ["int4", "sfp8"])
+@pytest.mark.parametrize("method", ["int4", pytest.param("sfp8", marks=pytest.mark.slow)])
 def test_outside_of_jit(method):
     """Operation by operation, in the first of which the product is one program."""
     case = given_layers(False)
@@ -690,6 +690,7 @@ def test_lifted_layers(name, method):
     check_stored(given(model, x), method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "method"), [(0, "int4"), (1, "nf4")])
 def test_init_in_a_scan_stores_each_layer(method, axis):
     """What the body stores, stacked by the scan, is what the model reads."""

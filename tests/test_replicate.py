@@ -385,6 +385,7 @@ class Quantized:
         return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "axis"), [("int4", 1), ("nf4", 0)])
 def test_a_quantized_stack(method, axis):
     x, model = numbers(4, 64), Scanned(5, axis=axis)
@@ -433,6 +434,7 @@ def test_one_program_serves_equal_arrangements():
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_no_tracer_outlives_the_call():
     larger = peft.get_peft_model(Scanned(5), CONFIG)
     params = drawn(larger)

@@ -169,6 +169,7 @@ class Two(nn.Module):
         return wide + nn.Dense(8, name="narrow")(jnp.sum(x, -1, keepdims=True) * jnp.ones(8)[None])
 
 
+@pytest.mark.slow
 def test_ranks_go_where_variance_is_explained():
     model, x = Two(), jax.random.normal(KEY, (50, 8))
     params = model.init(KEY, x)["params"]
@@ -210,6 +211,7 @@ def test_names_that_end_like_others_keep_their_own_ranks():
     assert "down" not in new.rank_pattern
 
 
+@pytest.mark.slow
 def test_data_without_an_end_and_rows_of_tokens():
     class Text(nn.Module):
         @nn.compact

@@ -26,7 +26,7 @@ def check_all(cells):
     assert not failed, "\n".join([f"{len(failed)} of {len(cells)} cells fail:", *failed])
 
 
-QUICK = ("`Embed`", "`target_parameters` of any module")
+QUICK = ("`target_parameters` of any module",)
 
 
 def some_quick(kinds):

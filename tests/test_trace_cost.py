@@ -81,6 +81,7 @@ def cost(layers, lora):
     return calls_of(trace)
 
 
+@pytest.mark.slow
 def test_tracing_under_lora_takes_at_most_twice_the_calls():
     plain, lora = cost(24, lora=False), cost(24, lora=True)
     assert plain > 100_000
