@@ -201,6 +201,8 @@ def test_plot_of_weights_and_of_nothing(base, tmp_path, capsys):
     zeros["q.lora_B.weight"] = np.zeros((4, 2), np.float32)
     folder = write_adapter(tmp_path / "zeros", zeros, r=2, target_modules=["q"])
     succeed(capsys, "inspect", folder, "--plot", tmp_path / "zeros.png")
+    for picture in ("weights.png", "zeros.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_numbers_that_are_not_finite(tmp_path, capsys):
