@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "peft_jax"
 
 # From top to bottom; a room imports only from lines below its own. The package's `__init__` is a
-# room too: the demo above it uses the package as everyone does, the command line looks below as well.
+# room too: the demo above it uses the package as everyone does.
 FLOORS = (
     ("__main__",),
     ("cli", "demo"),
