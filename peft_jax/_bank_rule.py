@@ -9,6 +9,7 @@ brings each layer of a stack its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from peft_jax._lora_rules import BesideRule, stored_weight, weight_alone
 from peft_jax._magnitude import adapted_norms, gains
 from peft_jax._names import BANK, adapter_name, is_bank
 from peft_jax._placed import adapter_fields
-from peft_jax._registry import Call, Layer, find_layer, require_layer
+from peft_jax._registry import Call, Layer, require_layer
 from peft_jax._rules import Rule
 from peft_jax._stored import weight_shape
 from peft_jax._wrapper import Wrapper
@@ -32,6 +33,7 @@ from peft_jax._wrapper import Wrapper
 # adapter is for a group of its own, in order.
 SLOTS, GROUP, SCALING = "slots", "group", "scaling"
 DECOMPOSED, BIASED = "decomposed", "biased"
+_CHOSEN = frozenset({SLOTS, GROUP, SCALING, DECOMPOSED, BIASED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,6 @@ class BankRule(BesideRule):
     name: ClassVar[str] = "bank of adapters"  # type: ignore[misc]
     per_example: ClassVar[bool] = True
 
-    def concerns(self, call: Call) -> bool:
-        return bool(_bank(call))
-
     def at_weight(self, call: Call) -> bool:
         layer = require_layer(call.module, f"{self.wrapper} is beside")
         if not layer.beside(call):
@@ -59,17 +58,16 @@ class BankRule(BesideRule):
         return False
 
     def has(self, call: Call, leaf: str) -> bool:
-        return leaf in _bank(call)
+        return leaf in _bank(call).leaves
 
     def delta(self, call: Call, layer: Layer, y: Array, x: Array) -> Array:
         bank = _bank(call)
         x = self._examples(call, layer, jnp.asarray(x), bank)
-        cls, fields = adapter_fields(
-            call, layer, weight_shape(meta.unbox(stored_weight(call, layer)))
-        )
+        shape = weight_shape(meta.unbox(stored_weight(call, layer)))
+        cls, fields = adapter_fields(call, layer, shape)
         adapter: Any = cls(
             **fields,
-            rank=_rank(bank, layer.equation(call), layer.kind),
+            rank=bank.rank(layer.equation(call), layer.kind),
             deterministic=True,
             dtype=y.dtype,
             precision=getattr(call.module, "precision", None),
@@ -79,16 +77,14 @@ class BankRule(BesideRule):
         def one(x: Array, a: Array, b: Array) -> Array:
             return adapter.apply({"params": {"a": a, "b": b}}, x, method=call.method)
 
-        groups = _groups(bank)
-        if groups == 1:  # the program of one adapter
-            delta = one(x, *(chosen[0] for chosen in _chosen(bank)))
+        if bank.groups == 1:  # the program of one adapter
+            delta = one(x, *(factor[0] for factor in bank.factors))
         else:
-            grouped = x.reshape((groups, bank[GROUP].shape[0], *x.shape[1:]))
-            delta = jax.vmap(one)(grouped, *_chosen(bank))
+            grouped = x.reshape((bank.groups, bank.group_size, *x.shape[1:]))
+            delta = jax.vmap(one)(grouped, *bank.factors)
         delta = delta.reshape((x.shape[0], *y.shape[1:]))
-        if SLOTS in bank:
-            adapted = _against(self._each(call, bank[SLOTS] != -1), delta)
-            delta = jnp.where(adapted, delta, 0)
+        if bank.slots is not None:
+            delta = jnp.where(_against(bank.each(bank.slots != -1), delta), delta, 0)
         return delta.astype(y.dtype)
 
     def gain(self, call: Call, layer: Layer) -> Array:
@@ -96,33 +92,30 @@ class BankRule(BesideRule):
         bank, weight = _bank(call), weight_alone(call)
         equation = parse_equation(layer.equation(call))
         delta = equation.low_rank(batch_in_b=layer.kind in BATCH_IN_B).delta
+        magnitude = bank.leaves["magnitude"]
 
         def one(a: Array, b: Array, magnitude: Array) -> Array:
             return gains(magnitude, adapted_norms(weight, a, b, delta, 1.0, equation.kept))
 
-        if bank["a"].shape[0] <= _groups(bank):  # fewer adapters than examples
+        if magnitude.shape[0] <= bank.groups:  # fewer adapters than groups
             # Free slots hold NaN: numbers in their place keep it out of their gradients.
-            scaled = jnp.nan_to_num(_times(bank["b"], bank[SCALING]))
-            chosen = _taken(jax.vmap(one)(bank["a"], scaled, bank["magnitude"]), bank)
+            scaled = jnp.nan_to_num(_times(bank.leaves["b"], bank.trait(SCALING)))
+            gain = bank.taken(jax.vmap(one)(bank.leaves["a"], scaled, magnitude))
         else:
-            chosen = jax.vmap(one)(*_chosen(bank), _taken(bank["magnitude"], bank))
-        decomposed = _against(_taken(bank[DECOMPOSED], bank), chosen)
-        return self._each(call, jnp.where(decomposed, chosen, 1))
+            gain = jax.vmap(one)(*bank.factors, bank.taken(magnitude))
+        decomposed = _against(bank.taken(bank.trait(DECOMPOSED)), gain)
+        return bank.each(jnp.where(decomposed, gain, 1))
 
     def shift(self, call: Call, layer: Layer, dtype: Any) -> Array:
         """0 for the examples whose adapter has no bias."""
         bank = _bank(call)
-        chosen = _times(_taken(bank["bias"], bank), _scaling(bank))
-        biased = _against(_taken(bank[BIASED], bank), chosen)
-        return self._each(call, jnp.where(biased, chosen, 0))
+        shift = _times(bank.taken(bank.leaves["bias"]), bank.scaling)
+        biased = _against(bank.taken(bank.trait(BIASED)), shift)
+        return bank.each(jnp.where(biased, shift, 0))
 
-    def _each(self, call: Call, chosen: Array) -> Array:
-        """What is known of each group of examples, for each example."""
-        return jnp.repeat(chosen, _bank(call)[GROUP].shape[0], axis=0)
-
-    def _examples(self, call: Call, layer: Layer, x: Array, bank: Mapping[str, Array]) -> Array:
+    def _examples(self, call: Call, layer: Layer, x: Array, bank: _Bank) -> Array:
         """The layer's input, with one entry along axis 0 for each example."""
-        count = _groups(bank) * bank[GROUP].shape[0]
+        count = bank.groups * bank.group_size
         if not _has_examples(call, layer, x):
             equation = layer.equation(call)
             self._refuse(call, f"has no axis of examples in front ('{equation}' of {x.shape})")
@@ -152,55 +145,82 @@ def _has_examples(call: Call, layer: Layer, x: Array) -> bool:
     return first not in equation.kernel and equation.outputs.replace("...", ".").startswith(first)
 
 
-def _bank(call: Call) -> Mapping[str, Array]:
-    """The arrays of the layer's bank; none where it has no bank."""
-    layer = find_layer(call.module)
-    if layer is None:
-        return {}
+@dataclasses.dataclass(frozen=True)
+class _Bank:
+    """The bank of a layer, and what is chosen of it.
+
+    Attributes:
+      leaves: the adapters' arrays, with an axis of slots in front.
+      chosen: what lies beside them; laid out for lifted transforms.
+    """
+
+    leaves: Mapping[str, Array]
+    chosen: Mapping[str, Array]
+
+    @functools.cached_property
+    def slots(self) -> Array | None:
+        """Of each group of examples; None: the groups are those of the adapters, in order."""
+        return self.chosen[SLOTS].reshape(-1) if SLOTS in self.chosen else None
+
+    @property
+    def group_size(self) -> int:
+        """How many examples in a row share an adapter."""
+        return self.chosen[GROUP].size
+
+    @property
+    def groups(self) -> int:
+        """How many groups of examples there are."""
+        return self.chosen[SLOTS if SLOTS in self.chosen else SCALING].size
+
+    def trait(self, name: str) -> Array:
+        """What is known of each adapter."""
+        return self.chosen[name].reshape(-1)
+
+    def taken(self, leaf: Array) -> Array:
+        """Of each group; zeros, without a gradient, where there is no such slot."""
+        if self.slots is None:
+            return leaf
+        slots = jnp.where(self.slots < 0, leaf.shape[0], self.slots)
+        return jnp.take(leaf, slots, axis=0, mode="fill", fill_value=0)
+
+    @functools.cached_property
+    def scaling(self) -> Array:
+        """Of each group; NaN where there is no such slot."""
+        every = self.trait(SCALING)
+        scaling = self.taken(every)
+        if self.slots is None:
+            return scaling
+        return jnp.where((self.slots >= every.size) | (self.slots < -1), jnp.nan, scaling)
+
+    @functools.cached_property
+    def factors(self) -> tuple[Array, Array]:
+        """``a`` and ``scaling * b`` of each group."""
+        scaled = _times(self.taken(self.leaves["b"]), self.scaling)
+        return self.taken(self.leaves["a"]), scaled
+
+    def each(self, values: Array) -> Array:
+        """What is known of each group, for each example."""
+        return jnp.repeat(values, self.group_size, axis=0)
+
+    def rank(self, equation: str, kind: str) -> int:
+        """The rank of all adapters, with their padding."""
+        letters = parse_equation(equation).low_rank(batch_in_b=kind in BATCH_IN_B).a
+        (rank,) = set(letters) - set(parse_equation(equation).kernel)
+        return self.leaves["a"].shape[1 + letters.index(rank)]
+
+
+def _bank(call: Call) -> _Bank:
+    """The bank of a layer that has one."""
+    layer = require_layer(call.module, "A bank of adapters is beside")
     found = call.module.scope.get_variable("params", adapter_name(call.module, layer.param, BANK))
-    if found is None:
-        return {}
     if SCALING not in found:
         raise ValueError(
             f"The layer at '{call.path}' has a bank of adapters, of which none is chosen. Run "
             "`peft.MultiAdapterModel(wrapped=model).apply(..., adapters=bank.select(names))`; a "
             "model that is bound, or inside another, takes `bank.select(names).insert(params)`."
         )
-    chosen = [name for name in (SLOTS, GROUP, SCALING, DECOMPOSED, BIASED) if name in found]
-    return {**found, **{name: found[name].reshape(-1) for name in chosen}}
-
-
-def _rank(bank: Mapping[str, Array], equation: str, kind: str) -> int:
-    low_rank = parse_equation(equation).low_rank(batch_in_b=kind in BATCH_IN_B)
-    rank = (set(low_rank.a) - set(parse_equation(equation).kernel)).pop()
-    return bank["a"].shape[1 + low_rank.a.index(rank)]
-
-
-def _chosen(bank: Mapping[str, Array]) -> tuple[Array, Array]:
-    """``a`` and ``scaling * b`` of each group of examples."""
-    return _taken(bank["a"], bank), _times(_taken(bank["b"], bank), _scaling(bank))
-
-
-def _scaling(bank: Mapping[str, Array]) -> Array:
-    """Of each group of examples; NaN where there is no such slot."""
-    scaling = _taken(bank[SCALING], bank)
-    if SLOTS not in bank:
-        return scaling
-    outside = (bank[SLOTS] >= bank[SCALING].shape[0]) | (bank[SLOTS] < -1)
-    return jnp.where(outside, jnp.nan, scaling)
-
-
-def _groups(bank: Mapping[str, Array]) -> int:
-    """How many groups of examples there are."""
-    return bank[SLOTS if SLOTS in bank else SCALING].shape[0]
-
-
-def _taken(leaf: Array, bank: Mapping[str, Array]) -> Array:
-    """The entries of the chosen slots; zeros, without a gradient, where there is no such slot."""
-    if SLOTS not in bank:
-        return leaf
-    slots = jnp.where(bank[SLOTS] < 0, leaf.shape[0], bank[SLOTS])
-    return jnp.take(leaf, slots, axis=0, mode="fill", fill_value=0)
+    chosen = {name: value for name, value in found.items() if name in _CHOSEN}
+    return _Bank({name: found[name] for name in found if name not in chosen}, chosen)
 
 
 def _against(values: Array, array: Array) -> Array:

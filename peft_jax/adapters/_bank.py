@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax._bank_rule import BIASED, DECOMPOSED, SCALING
 from peft_jax._names import check_adapter_name
 from peft_jax._params import merge_params
 from peft_jax._specs import LoraSpec
@@ -107,17 +109,27 @@ class AdapterBank:
             raise ValueError(f"select takes a name for each example, got one: {adapters!r}.")
         if not isinstance(group_size, int) or group_size < 1:
             raise ValueError(f"select: group_size is a positive integer, got {group_size!r}.")
-        slots = self._slots(adapters)
-        filled = jnp.asarray([name is not None for name in self.names])
-        scaling, decomposed, biased = {}, {}, {}
-        for path in self.layers:
-            found = [at_bank(specs).get(path) for specs in self.specs]
-            values = jnp.asarray([0.0 if s is None else s.scaling for s in found], jnp.float32)
-            scaling[path] = jnp.where(filled, values, jnp.nan)
-            decomposed[path] = jnp.asarray([s is not None and s.variant == "dora" for s in found])
-            biased[path] = jnp.asarray([s is not None and s.bias is not None for s in found])
         layers = tuple(self.layers.items())
-        return Selection(slots, scaling, decomposed, biased, group_size, layers)
+        return Selection(self._slots(adapters), self._traits, group_size, layers)
+
+    @functools.cached_property
+    def _traits(self) -> dict[str, dict[str, Array]]:
+        """What is known of the adapters and not trained: by layer, an entry for each slot."""
+        by_slot = [at_bank(specs) for specs in self.specs]
+        traits = {}
+        for path in self.layers:
+            found = [specs.get(path) for specs in by_slot]
+            scaling = [
+                np.nan if name is None else 0.0 if spec is None else spec.scaling
+                for name, spec in zip(self.names, found, strict=True)
+            ]
+            traits[path] = {
+                SCALING: np.asarray(scaling, np.float32),
+                DECOMPOSED: np.asarray([s is not None and s.variant == "dora" for s in found]),
+                BIASED: np.asarray([s is not None and s.bias is not None for s in found]),
+            }
+        with jax.ensure_compile_time_eval():  # kept, wherever the first choice is made
+            return jax.tree.map(jnp.asarray, traits)
 
     def each(self, group_size: int = 1) -> Selection:
         """Chooses every adapter once, in the order of their slots, for ``group_size`` examples.

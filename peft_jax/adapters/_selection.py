@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from peft_jax._bank_rule import BIASED, DECOMPOSED, GROUP, SCALING, SLOTS
+from peft_jax._bank_rule import GROUP, SCALING, SLOTS
 from peft_jax.adapters._slots import Slots
 
 Array = jax.Array
@@ -24,18 +24,15 @@ class Selection(struct.PyTreeNode):
 
     Attributes:
       slots: ``(examples / group_size,)`` int32; -1: the plain base.
-      scaling: for each layer of the bank ``(slots,)`` float32.
-      decomposed: for each layer ``(slots,)`` bool: which adapters have a magnitude (DoRA).
-      biased: for each layer ``(slots,)`` bool: which adapters have a bias of their own.
+      traits: for each layer of the bank, arrays ``(slots,)``: ``scaling`` in float32, and as
+        booleans which adapters have a magnitude (``decomposed``) and a bias (``biased``).
       group_size: how many examples in a row share an entry of ``slots``.
       layers: how each layer lies in the bank.
       is_each: whether ``slots`` are all of the bank's, in order.
     """
 
     slots: Array
-    scaling: dict[str, Array]
-    decomposed: dict[str, Array]
-    biased: dict[str, Array]
+    traits: dict[str, dict[str, Array]]
     group_size: int = struct.field(pytree_node=False)
     layers: tuple[tuple[str, Slots], ...] = struct.field(pytree_node=False)
     is_each: bool = struct.field(pytree_node=False, default=False)
@@ -49,16 +46,13 @@ class Selection(struct.PyTreeNode):
           ValueError: where the parameters lack a layer of the bank.
         """
         for path, layer in self.layers:
-            chosen = {} if self.is_each else {SLOTS: layer.everywhere(self.slots)}
-            chosen |= {
-                GROUP: layer.everywhere(jnp.zeros(self.group_size, jnp.int8)),
-                SCALING: layer.everywhere(self.scaling[path]),
-                DECOMPOSED: layer.everywhere(self.decomposed[path]),
-                BIASED: layer.everywhere(self.biased[path]),
-            }
+            values = {GROUP: jnp.zeros(self.group_size, jnp.int8), **self.traits[path]}
+            if not self.is_each:
+                values[SLOTS] = self.slots
+            chosen = {name: layer.everywhere(value) for name, value in values.items()}
             params = _beside(params, path.split("/"), chosen, path)
             a = jnp.shape(_at(params, path)["a"])
-            there, known = a[layer.slot_axis(len(a))], self.scaling[path].shape[0]
+            there, known = a[layer.slot_axis(len(a))], self.traits[path][SCALING].shape[0]
             if there != known:
                 raise ValueError(
                     f"The bank at '{path}' has {there} slots, but adapters were chosen of a bank "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -117,19 +116,14 @@ def adapter_value_and_grad(
         if count == number:
             return all_of(params, selection, batches)
         first = jax.tree.map(lambda leaf, axis: jnp.moveaxis(leaf, axis, 0), params, axes)
-        given = (first, (selection.scaling, selection.decomposed, selection.biased), batches)
+        given = (first, selection.traits, batches)
 
         def some(given: Any) -> tuple[Array, Any]:
-            first, (scaling, decomposed, biased), batches = given
+            first, traits, batches = given
             params = jax.tree.map(lambda leaf, axis: jnp.moveaxis(leaf, 0, axis), first, axes)
-            length = next(iter(scaling.values())).shape[0]
-            chosen = dataclasses.replace(
-                selection,
-                slots=jnp.arange(length, dtype=jnp.int32),
-                scaling=scaling,
-                decomposed=decomposed,
-                biased=biased,
-            )
+            length = jax.tree.leaves(traits)[0].shape[0]
+            slots = jnp.arange(length, dtype=jnp.int32)
+            chosen = selection.replace(slots=slots, traits=traits)
             values, gradients = all_of(params, chosen, batches)
             return values, jax.tree.map(lambda g, axis: jnp.moveaxis(g, axis, 0), gradients, axes)
 
