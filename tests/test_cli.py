@@ -413,8 +413,11 @@ def test_a_process_that_is_stopped_leaves_nothing(number, status, tmp_path):
     tensors = {f"l{i}/kernel": np.ones((64, 64), np.float32) for i in range(4)}
     save_file(tensors, tmp_path / "base.safetensors")
     program = f"""
-import os, sys
+import os, signal, sys
 from peft_jax.cli import _encoding, main
+
+# What a shell starts in the background ignores the signal, and passes that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def encode(*arguments, encode=_encoding.encode, calls=[]):
     calls.append(arguments)
