@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +73,8 @@ class LoRAAdapter(nn.Module, Untouched):
       precision: as in ``jax.lax.dot_general``.
       adapts: name of the adapted parameter, for the spec; None where the adapter stands alone.
       kind: kind of the adapted layer, for the spec.
+      simulated: what simulation makes of ``a``, ``b``, ``magnitude``, ``bias``, the intermediate
+        ``hidden`` (``x·a``) and the ``scaling``, called as `seen` is; None: nothing.
       kernel_metadata: the box (``nn.Partitioned``, ...) of the kernel; ``a``, ``b``, ``magnitude``
         and ``bias`` are partitioned along the axes that they share with it.
     """
@@ -91,6 +94,7 @@ class LoRAAdapter(nn.Module, Untouched):
     precision: PrecisionLike = None
     adapts: str | None = None
     kind: str | None = None
+    simulated: Callable[..., Array] | None = None
     kernel_metadata: Any = None
 
     def __post_init__(self) -> None:
@@ -140,7 +144,11 @@ class LoRAAdapter(nn.Module, Untouched):
         a_init = _through_matrices(self.a_init, low_rank.a, low_rank)
         b_init = _through_matrices(self.b_init, low_rank.b, low_rank)
         a = self._array("a", low_rank.a, shapes[0], a_init, layer, spec)
-        return a, self._array("b", low_rank.b, shapes[1], b_init, layer, spec), low_rank
+        b = self._array("b", low_rank.b, shapes[1], b_init, layer, spec)
+        shared = {*low_rank.b, low_rank.rank}
+        inputs = [i - len(low_rank.a) for i, c in enumerate(low_rank.a) if c not in shared]
+        rank = low_rank.b.index(low_rank.rank) - len(low_rank.b)
+        return self.seen("a", a, inputs), self.seen("b", b, (rank,)), low_rank
 
     @nn.nowrap
     def _array(
@@ -166,7 +174,28 @@ class LoRAAdapter(nn.Module, Untouched):
         spec = self.spec(layer, layer.low_rank(batch_in_b=self._batch_in_b), shape)
         sizes = layer.sizes(shape)
         lengths = tuple(sizes[c] for c in layer.kept)
-        return self._array(name, layer.kept, lengths, init, layer, spec)
+        return self.seen(name, self._array(name, layer.kept, lengths, init, layer, spec), ())
+
+    @nn.nowrap
+    def seen(self, name: str, value: Array, contracted: Sequence[int] | None = None) -> Array:
+        """An array as the adapter computes with it.
+
+        Args:
+          name: of the array.
+          value: as it is stored, or was computed.
+          contracted: axes, counted from the end, that the adapter sums over; None: it is no
+            parameter.
+        """
+        if self.simulated is None:
+            return value
+        return self.simulated(name, value, None if contracted is None else tuple(contracted))
+
+    @property
+    def factor(self) -> float | Array:
+        """The scaling as the adapter computes with it."""
+        if self.simulated is None:
+            return self.scaling
+        return self.seen("scaling", jnp.asarray(self.scaling, jnp.float32))
 
     @property
     def _batch_in_b(self) -> bool:
@@ -185,7 +214,7 @@ class LoRAAdapter(nn.Module, Untouched):
         """
         a, b, low_rank = self.arrays(equation, weight.shape, batch_in_b=self._batch_in_b)
         kept = parse_equation(equation).kept
-        n = adapted_norms(weight, a, b, low_rank.delta, self.scaling, kept)
+        n = adapted_norms(weight, a, b, low_rank.delta, self.factor, kept)
 
         def first(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
             return n.astype(dtype)
@@ -211,7 +240,15 @@ class LoRAAdapter(nn.Module, Untouched):
         a, b, low_rank = self.arrays(equation, shape, batch_in_b=batch_in_b)
         x, a, b = promote_dtype(self.dropped(x, deterministic), a, b, dtype=self.dtype)
         b = self.scaled(b)  # smaller than the product
-        return low_rank_product(x, a, b, low_rank.first, low_rank.second, precision=self.precision)
+        return low_rank_product(
+            x,
+            a,
+            b,
+            low_rank.first,
+            low_rank.second,
+            precision=self.precision,
+            between=functools.partial(self.seen, "hidden"),
+        )
 
     @nn.nowrap
     def dropped(self, x: Array, deterministic: bool | None) -> Array:
@@ -227,7 +264,10 @@ class LoRAAdapter(nn.Module, Untouched):
     @nn.nowrap
     def scaled(self, array: Array) -> Array:
         """The array times the scaling, in its own dtype."""
-        return array if self.scaling == 1.0 else array * jnp.asarray(self.scaling, array.dtype)
+        factor = self.factor
+        if isinstance(factor, float) and factor == 1.0:
+            return array
+        return array * jnp.asarray(factor, array.dtype)
 
     @nn.nowrap
     def _stored(self, name: str, shape: tuple[int, ...]) -> Array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ class LoRAConvAdapter(LoRAAdapter):
         a, b, _ = self.arrays(conv_equation(len(window)), shape)
         x, a, b = promote_dtype(self.dropped(inputs, deterministic), a, b, dtype=self.dtype)
         b = self.scaled(b)
-        hidden = self.hidden(x, a)
+        hidden = self.seen("hidden", self.hidden(x, a))
         if groups == 1:
             return jnp.einsum("...r,ro->...o", hidden, b, precision=self.precision)
         # Every group of inputs meets the columns of `b` that make the outputs of this group.
@@ -188,6 +189,7 @@ class LoRAEmbedAdapter(LoRAAdapter):
         if self.num_embeddings == 1:  # nn.Embed ignores the indices then
             inputs = jnp.zeros_like(inputs)
         rows = self.dropped(jnp.take(a, inputs, axis=0), deterministic)
+        rows = self.seen("hidden", rows)
         return jnp.einsum("...r,rf->...f", rows, self.scaled(b), precision=self.precision)
 
     @nn.compact
@@ -196,7 +198,13 @@ class LoRAEmbedAdapter(LoRAAdapter):
         a, b, _ = self.arrays(EMBED, (self.num_embeddings, self.features))
         query, a, b = promote_dtype(self.dropped(query, deterministic), a, b, dtype=self.dtype)
         return low_rank_product(
-            query, self.scaled(b), a, "...f,rf->...r", "...r,vr->...v", precision=self.precision
+            query,
+            self.scaled(b),
+            a,
+            "...f,rf->...r",
+            "...r,vr->...v",
+            precision=self.precision,
+            between=functools.partial(self.seen, "attend_hidden"),
         )
 
 
@@ -214,7 +222,7 @@ class LoRAWeightAdapter(LoRAAdapter):
         """The change of the kernel, in float32 or wider."""
         layer = parse_equation(self.equation)
         a, b, low_rank = self.arrays(self.equation, weight.shape, batch_in_b=self._batch_in_b)
-        change = delta(a, b, low_rank.delta, self.scaling)
+        change = delta(a, b, low_rank.delta, self.factor)
         if not self.use_dora:
             return change
 

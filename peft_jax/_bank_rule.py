@@ -61,6 +61,8 @@ class BankRule(BesideRule):
         return leaf in _bank(call).leaves
 
     def delta(self, call: Call, layer: Layer, y: Array, x: Array) -> Array:
+        if call.simulated is not None:
+            self._refuse(call, "is simulated by `peft_jax.quantsim`, which knows no banks")
         bank = _bank(call)
         x = self._examples(call, layer, jnp.asarray(x), bank)
         shape = weight_shape(meta.unbox(stored_weight(call, layer)))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import string
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +29,14 @@ Precision = Any  # whatever `jax.lax.dot_general` takes
 
 
 def low_rank_product(
-    x: Array, a: Array, b: Array, first: str, second: str, *, precision: Precision = None
+    x: Array,
+    a: Array,
+    b: Array,
+    first: str,
+    second: str,
+    *,
+    precision: Precision = None,
+    between: Callable[[Array], Array] = lambda hidden: hidden,
 ) -> Array:
     """Send `x` through the rank: `einsum(second, einsum(first, x, a), b)`.
 
@@ -44,11 +52,12 @@ def low_rank_product(
         first: An equation such as `...i,ir->...r` or `btnh,nhr->btr`.
         second: An equation such as `...r,ro->...o`.
         precision: As in `jax.lax.dot_general`.
+        between: What becomes of `x·a` before it meets `b`.
 
     Returns:
         The product without its scaling, of the dtype of the operands.
     """
-    return _product(_product(x, a, first, precision), b, second, precision)
+    return _product(between(_product(x, a, first, precision)), b, second, precision)
 
 
 def _product(x: Array, weight: Array, equation: str, precision: Precision) -> Array:

@@ -54,7 +54,12 @@ def _summed(array: Array, letters: str, outputs: str) -> Array:
 
 
 def adapted_norms(
-    weight: Array | Weight, a: Array, b: Array, delta: str, scaling: float, outputs: str
+    weight: Array | Weight,
+    a: Array,
+    b: Array,
+    delta: str,
+    scaling: float | Array,
+    outputs: str,
 ) -> Array:
     """`norms` of ``W + scaling * a·b`` without forming it; not for stacked layers.
 

@@ -49,7 +49,8 @@ def lora_specs(
     Raises:
       ValueError: where ``model`` is no unbound Linen module.
     """
-    return traced_specs(_init_of(model, "lora_specs", method), *_given(rngs), inputs, kwargs)
+    init, given = model_init(model, "lora_specs", method, rngs)
+    return traced_specs(init, given, inputs, kwargs)
 
 
 def layer_specs(
@@ -89,12 +90,15 @@ def recorded_boxes(
     model: nn.Module, caller: str, *inputs: Any, method: Any, rngs: Any, **kwargs: Any
 ) -> dict[str, SpecBox]:
     """Weights of registered layers and arrays of adapters, in boxes with their specs."""
-    init = _init_of(model, caller, method)
+    init, given = model_init(model, caller, method, rngs)
     with ModuleInterceptor(_recorded):
-        return traced_boxes(init, *_given(rngs), inputs, kwargs)
+        return traced_boxes(init, given, inputs, kwargs)
 
 
-def _init_of(model: nn.Module, caller: str, method: Any) -> Callable[..., Any]:
+def model_init(
+    model: nn.Module, caller: str, method: Any, rngs: Any
+) -> tuple[Callable[..., Any], Any]:
+    """What makes a model's parameters from keys, arguments and named arguments; and the keys."""
     if not isinstance(model, nn.Module) or model.scope is not None:
         raise ValueError(
             f"{caller} takes an unbound Linen module, got {type(model).__name__}"
@@ -105,13 +109,9 @@ def _init_of(model: nn.Module, caller: str, method: Any) -> Callable[..., Any]:
     def init(rngs: Any, inputs: Any, kwargs: Any) -> Any:
         return model.init(rngs, *inputs, method=method, **kwargs).get("params", {})
 
-    return init
-
-
-def _given(rngs: Any) -> tuple[Any]:
     if rngs is None:
         rngs = {"params": jax.eval_shape(lambda: jax.random.key(0))}
-    return (rngs,)
+    return init, rngs
 
 
 @dataclasses.dataclass(frozen=True)

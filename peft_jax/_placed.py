@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,6 +120,7 @@ def make_adapter(
         **shared,
         **fields,
         adapts=param,
+        simulated=call.simulated and functools.partial(call.simulated, name),
         kernel_metadata=stored if isinstance(stored, meta.AxisMetadata) else None,
         parent=scope.push(name, reuse=True),
         name=name,

@@ -30,6 +30,8 @@ class Call:
       adapted: whether an adapter is what changes it, or one of those that do.
       weight: the layer's weight as it is read beneath all adapters: an array, or a `Weight` where
         it is stored in few bits. None until the dispatcher has its rules together.
+      simulated: what simulation makes of an array of an adapter: a function of the adapter's name
+        in the tree, and of what `LoRAAdapter.seen` takes. None: nothing.
     """
 
     module: Any
@@ -39,6 +41,7 @@ class Call:
     changed: bool = False
     adapted: bool = False
     weight: Callable[[], Any] | None = None
+    simulated: Callable[..., Any] | None = None
 
     @property
     def path(self) -> str:

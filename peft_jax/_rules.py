@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from peft_jax._registry import Call
 
-STORAGE, SIMULATION, TOKENS, ADAPTER = range(4)
+STORAGE, SIMULATION, TOKENS, ADAPTER, INPUT = range(5)
 # Set on a bound module while it may be given its weight as a `Weight`, values and scale apart.
 IN_PARTS = "_peft_jax_in_parts"
 Init = Callable[[Any], Any]
