@@ -42,12 +42,14 @@ $(READY): pyproject.toml
 	@touch $@
 
 # torch comes first and alone, because with it the others would be searched for far longer; gemma's
-# `peft` needs nothing beyond the extra, while the whole of gemma asks for a training stack.
+# `peft` needs nothing beyond the extra, while the whole of gemma asks for a training stack; AIMET
+# comes last, and takes what is there.
 $(READY_INTEROP): pyproject.toml
 	$(begin_installation)
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable ".[test,interop]"
 	$(INSTALL) --no-deps gemma==3.3.0
+	$(INSTALL) aimet-torch==2.42.0
 	@touch $@
 
 demo: $(READY)

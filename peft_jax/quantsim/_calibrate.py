@@ -1,0 +1,348 @@
+"""Calibration: encodings from parameters, and from what flows through a model on given batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from tqdm.auto import tqdm
+
+from peft_jax._quantize import quantize_layer
+from peft_jax._stacked import stack_first
+from peft_jax._stored import as_stored
+from peft_jax._trees import children
+from peft_jax.initializers._observe import arguments, batches_of
+from peft_jax.quantsim._encoding import Encoding, flattened, nested
+from peft_jax.quantsim._grid import scale_and_offset
+from peft_jax.quantsim._harvest import folded
+from peft_jax.quantsim._model import SimulatedModel, encoding_leaves, find_sites, with_leaves
+from peft_jax.quantsim._quantizer import Quantizer
+from peft_jax.quantsim._ranges import METHODS
+from peft_jax.quantsim._rule import Census, Simulate
+from peft_jax.quantsim._sites import INDEX, Site
+from peft_jax.quantsim._statistics import empty, fold, of_array
+
+Array = jax.Array
+Forward = Callable[[Any, Any, Any], Any]
+
+
+def compute_encodings(
+    sim: SimulatedModel,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    encodings: Any = None,
+    forward_fn: Forward | None = None,
+    progress: bool = False,
+) -> Any:
+    """Encodings of all that is simulated while the model runs on these batches.
+
+    Parameters come first, each from its own values. Then the model runs on every batch: frozen
+    encodings and those of parameters act, everything else passes as it is and is watched, so that
+    ranges do not depend on how the examples are split into batches (but for ``moving_average``).
+    Frozen encodings are kept to the bit, and so are those of sites that do not run, such as the
+    adapters' inside ``peft.disable_adapters()``.
+
+    The model runs under ``jax.jit``, forward only. On several devices give parameters or batches
+    that are spread over them: the ranges are those of all the data.
+
+    Example::
+
+      with peft.disable_adapters():
+        base = quantsim.compute_encodings(sim, params, batches)
+      base = quantsim.freeze(base)
+      encodings = quantsim.compute_encodings(sim, params, batches, encodings=base)
+
+    Args:
+      sim: from `simulate`.
+      params: of the model, with adapters if it has any.
+      batches: an iterable of batches, each a dict of the model's arguments (``labels`` left out), a
+        tuple of them, or the only one. It is run through once.
+      encodings: those that are known already. What is not frozen is computed anew.
+      forward_fn: ``(model, params, batch)``, which runs ``model.apply({"params": params}, ...)``,
+        where a batch is anything else.
+      progress: whether a progress bar is shown.
+
+    Returns:
+      A tree of `Encoding` under the paths of the parameters.
+
+    Raises:
+      ValueError: where there are no batches or nothing to calibrate, on NaN and infinite values
+        (with the path and the number of the batch), on a site that a batch should reach and does
+        not, on a rule that matches nothing, on frozen encodings that are for another quantizer.
+    """
+    if not isinstance(sim, SimulatedModel):
+        raise ValueError(
+            f"compute_encodings takes a model from `quantsim.simulate`, got {type(sim).__name__}."
+        )
+    forward = _default_forward if forward_fn is None else forward_fn
+    found = iter(batches_of(batches))
+    first = next(found)
+    sites, used = _surveyed(sim, params, first, forward)
+    kept = dict(flattened({} if encodings is None else encodings))
+    frozen = {path for path in used if path in kept and kept[path].is_frozen}
+    for path in frozen:
+        _check_frozen(path, kept[path], sites[path])
+    due = {path: site for path, site in sites.items() if path in used - frozen}
+    if not due:
+        raise ValueError(
+            f"There is nothing to calibrate: of {len(sites)} sites {len(used)} run on these "
+            f"batches, and {len(frozen)} of those are frozen. Unfreeze some "
+            "(`quantsim.unfreeze`), enable the adapters, or choose sites by the configuration."
+        )
+    new = {path: encoding for path, site in due.items() if (encoding := _given(path, site, params))}
+    observed = {path: site for path, site in due.items() if path not in new}
+    if observed:
+        acting = {**kept, **new}
+        acting = {path: acting[path] for path in used if path in acting and path not in observed}
+        every = itertools.chain([first], found)
+        totals = _observed(sim, params, every, forward, acting, observed, progress)
+        new |= {path: _from_totals(site, totals[path]) for path, site in observed.items()}
+    return nested({**kept, **new})
+
+
+# --- Which sites there are -----------------------------------------------------------------------
+
+
+def _surveyed(
+    sim: SimulatedModel, params: Any, batch: Any, forward: Forward
+) -> tuple[dict[str, Site], set[str]]:
+    """All sites of the model, and the paths of those that run on this batch."""
+    census, sites = Census(), dict[str, Site]()
+
+    def run(params: Any, batch: Any) -> Any:
+        return forward(_Surveyed(sim, census, sites), params, batch)
+
+    jax.eval_shape(run, params, batch)
+    strange = sorted(census.used - set(sites))
+    if strange:
+        raise ValueError(
+            f"{strange[:5]} are simulated when the model is applied, but not when it is "
+            "initialized, so that nothing is known of how they are stacked. Leave them out by "
+            "`QuantizerRule(path, None)`."
+        )
+    stored = {path for path, site in sites.items() if _is_stored(path, site, params)}
+    return {path: site for path, site in sites.items() if path not in stored}, census.used - stored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Surveyed:
+    """Stands for the model in a first, abstract run, in which sites are found."""
+
+    sim: SimulatedModel
+    census: Census
+    sites: dict[str, Site]
+
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        keys = {"params": jax.random.key(0), **(rngs if isinstance(rngs, Mapping) else {})}
+        own = self.sim._own_method(method)
+        self.sites.update(find_sites(self.sim, *args, method=own, rngs=keys, **kwargs))
+        simulation = Simulate(self.sim.config, census=self.census)
+        flax = {"rngs": rngs, "mutable": mutable, "capture_intermediates": capture_intermediates}
+        return self.sim.run(simulation, variables, *args, method=method, **flax, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """Stands for the model while it is calibrated: encodings lie among the parameters."""
+
+    sim: SimulatedModel
+    simulation: Simulate
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.sim.run(self.simulation, variables, *args, **kwargs)
+
+
+def _default_forward(model: Any, params: Any, batch: Any) -> Any:
+    args, kwargs = arguments(batch)
+    return model.apply({"params": params}, *args, **kwargs)
+
+
+def _check_frozen(path: str, encoding: Encoding, site: Site) -> None:
+    if encoding.quantizer != site.quantizer or jnp.shape(encoding.scale) != site.shape:
+        raise ValueError(
+            f"The frozen encoding of '{path}' was made for {encoding.quantizer!r} with scales of "
+            f"shape {jnp.shape(encoding.scale)}, but the model simulates {site.quantizer!r} with "
+            f"{site.shape}. Unfreeze it, or keep the configuration that it was made for."
+        )
+
+
+def _is_stored(path: str, site: Site, params: Any) -> bool:
+    if not site.spec.of_parameter:
+        return False
+    return as_stored(meta.unbox(_at(params, path))) is not None
+
+
+def _at(params: Any, path: str) -> Any:
+    for name in path.split("/"):
+        params = {str(key): value for key, value in children(params)}[name]
+    return params
+
+
+# --- Encodings without data ----------------------------------------------------------------------
+
+
+def _given(path: str, site: Site, params: Any) -> Encoding | None:
+    """The encoding of a parameter, or of a fixed range; None where batches have to say it."""
+    quantizer = site.quantizer
+    if quantizer.range is not None:
+        low, high = (
+            np.full((site.layers, site.groups), end, np.float32) for end in quantizer.range
+        )
+        return _encoding(site, low, high)
+    if not site.spec.of_parameter:
+        return None
+    value = meta.unbox(_at(params, path))
+    if not bool(jnp.all(jnp.isfinite(value))):
+        raise ValueError(f"'{path}' holds NaN or infinity, and has no range. Mend it first.")
+    if quantizer.method is not None:
+        return _of_method(value, site)
+    low, high = _range(site, of_array(_kind(quantizer), _groups(value, site.shape)))
+    scale, offset = scale_and_offset(low, high, quantizer.bitwidth, quantizer.symmetric)
+    leaves = (jnp.asarray(leaf).reshape(site.shape) for leaf in (scale, offset))
+    return _of_leaves(site, *leaves)
+
+
+def _groups(value: Array, scale: tuple[int, ...]) -> Array:
+    """The values that each scale serves: ``(scales, values)``, in the scale's order."""
+    split = [part for n, m in zip(value.shape, scale, strict=True) for part in (m, n // m)]
+    order = (*range(0, 2 * value.ndim, 2), *range(1, 2 * value.ndim, 2))
+    groups = value.astype(jnp.float32).reshape(split).transpose(order)
+    return groups.reshape(int(np.prod(scale)), -1)
+
+
+def _of_method(value: Array, site: Site) -> Encoding:
+    """The scales of a method of `quantize_checkpoint`."""
+    method = site.quantizer.method
+    assert method is not None
+    axes, depth = site.stack_axes, len(site.stack_axes)
+    first = stack_first(value, axes)
+
+    def scale_of(weight: Array) -> Array:
+        return quantize_layer(weight, method, site.spec.contracted)[1]
+
+    flat = first.reshape(-1, *first.shape[depth:])
+    scales = jnp.stack([scale_of(weight) for weight in flat]).astype(jnp.float32)
+    scale = site.laid_out(scales.reshape(site.layers, -1))
+    return _of_leaves(site, scale, jnp.full(scale.shape, -(2.0 ** (site.quantizer.bitwidth - 1))))
+
+
+def _encoding(site: Site, low: np.ndarray, high: np.ndarray) -> Encoding:
+    """From ranges ``(layers, groups)``."""
+    quantizer = site.quantizer
+    leaves = scale_and_offset(low, high, quantizer.bitwidth, quantizer.symmetric)
+    return _of_leaves(site, *(site.laid_out(leaf) for leaf in leaves))
+
+
+def _of_leaves(site: Site, scale: Array, offset: Array) -> Encoding:
+    return Encoding(
+        jnp.asarray(scale, jnp.float32),
+        jnp.asarray(offset, jnp.float32),
+        site.quantizer,
+        site.spec.of_parameter,
+        site.spec.of_adapter,
+    )
+
+
+# --- Encodings from data -------------------------------------------------------------------------
+
+
+def _observed(
+    sim: SimulatedModel,
+    params: Any,
+    batches: Iterable[Any],
+    forward: Forward,
+    acting: Mapping[str, Encoding],
+    observed: Mapping[str, Site],
+    progress: bool,
+) -> dict[str, Any]:
+    """What is known of the observed sites after all batches."""
+    known = tuple((path, acting[path].quantizer) for path in sorted(acting))
+    simulation = Simulate(sim.config, known, frozenset(observed))
+    leaves = {path: encoding_leaves(encoding) for path, encoding in acting.items()}
+    leaves |= {path: {INDEX: site.indices()} for path, site in observed.items()}
+    specs = {**acting, **{path: site.spec for path, site in observed.items()}}
+
+    def run(params: Any, leaves: Any, batch: Any) -> Any:
+        return forward(_Watched(sim, simulation), with_leaves(params, leaves, specs), batch)
+
+    def folding(path: str, state: Any, index: Array, x: Array) -> Any:
+        site = observed[path]
+        return fold(_kind(site.quantizer), state, index, _columns(x, site.quantizer, site.groups))
+
+    @jax.jit
+    def step(params: Any, leaves: Any, batch: Any) -> Any:
+        start = {
+            path: empty(_kind(site.quantizer), site.layers, site.groups)
+            for path, site in observed.items()
+        }
+        return folded(run, folding)(start, params, leaves, batch)[1]
+
+    totals: dict[str, Any] = dict.fromkeys(observed)
+    shown = tqdm(batches, desc="calibrating", unit=" batches", disable=not progress)
+    for number, batch in enumerate(shown):
+        states = jax.device_get(step(params, leaves, batch))
+        for path, state in states.items():
+            _check_finite(path, state, number)
+            totals[path] = _accumulated(observed[path].quantizer, totals[path], state)
+    for path, total in totals.items():
+        if not np.all(total["seen"]):
+            raise ValueError(
+                f"Nothing was seen at '{path}'"
+                f"{' in some layers of the stack' if np.any(total['seen']) else ''}: the batches "
+                "do not reach it. Give batches that do, or leave it out by "
+                f"`QuantizerRule({path!r}, None)`."
+            )
+    return totals
+
+
+def _columns(x: Array, quantizer: Quantizer, groups: int) -> Array:
+    """The values of each group: ``(groups, values)`` in float32."""
+    x = x.astype(jnp.float32)
+    if groups == 1:
+        return x.reshape(1, -1)
+    return jnp.moveaxis(x.reshape(-1, groups, x.shape[-1] // groups), 1, 0).reshape(groups, -1)
+
+
+def _check_finite(path: str, state: Any, number: int) -> None:
+    if not np.all(state["finite"]):
+        raise ValueError(
+            f"NaN or infinity flows through '{path}' in batch {number} (counted from 0). Mend the "
+            "data or the parameters: no encodings were computed."
+        )
+
+
+def _kind(quantizer: Quantizer) -> str:
+    return METHODS[quantizer.calibration].statistic
+
+
+def _accumulated(quantizer: Quantizer, total: Any, state: Any) -> Any:
+    settings = {"momentum": quantizer.momentum} if quantizer.calibration == "moving_average" else {}
+    return METHODS[quantizer.calibration].accumulate(total, state, **settings)
+
+
+def _range(site: Site, total: Any) -> tuple[np.ndarray, np.ndarray]:
+    quantizer = site.quantizer
+    settings = {"percentile": quantizer.percentile} if quantizer.calibration == "percentile" else {}
+    return METHODS[quantizer.calibration].range(
+        total, quantizer.bitwidth, quantizer.symmetric, **settings
+    )
+
+
+def _from_totals(site: Site, total: Any) -> Encoding:
+    return _encoding(site, *_range(site, total))

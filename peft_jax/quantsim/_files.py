@@ -1,0 +1,304 @@
+"""Files for a runtime: weights as safetensors, encodings as JSON in AIMET's schema 1.0.0."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from peft_jax._named import adapter_names, get_adapter, rename_adapter, without_adapters
+from peft_jax._names import DEFAULT
+from peft_jax._specs import LayerSpec
+from peft_jax._stored import as_stored
+from peft_jax._trees import children, is_branch
+from peft_jax.io._replacing import replacing
+from peft_jax.io._safetensors import write_safetensors
+from peft_jax.quantsim._encoding import Encoding, flattened, nested
+from peft_jax.quantsim._integers import integer_params
+from peft_jax.quantsim._metadata import ADAPTER_KEY, AdapterMetadata, nameless, scalings_text
+from peft_jax.quantsim._quantizer import Quantizer
+from peft_jax.quantsim._sites import Site
+
+VERSION = "1.0.0"
+_ENC_TYPES = {"tensor": "PER_TENSOR", "channel": "PER_CHANNEL", "block": "PER_BLOCK"}
+
+
+def export_base(
+    directory: str | os.PathLike[str],
+    params: Any,
+    encodings: Any,
+    *,
+    prefix: str = "base",
+    integers: bool = False,
+    specs: Mapping[str, LayerSpec] | None = None,
+) -> tuple[Path, Path]:
+    """Writes the base's weights and its encodings, the same whatever adapters are there.
+
+    ``<prefix>.safetensors`` holds the parameters under their slashed paths, stored values as
+    `quantize_checkpoint` names them; ``<prefix>.encodings`` is JSON in the schema of AIMET:
+    ``version`` 1.0.0, ``activation_encodings`` and ``param_encodings``, each a list of ``name``,
+    ``dtype``, ``bw``, ``enc_type``, ``is_sym``, ``scale`` and ``offset`` (and ``block_size``), with
+    ``value = (code + offset) * scale`` for codes from 0. Scales of channels and blocks are listed
+    row after row of `Encoding.scale`.
+
+    Args:
+      directory: where both go; it has to exist.
+      params: of the model.
+      encodings: from `compute_encodings`.
+      prefix: of the names of the files.
+      integers: whether weights that have an encoding are written as integers; see `integer_params`.
+      specs: from `layer_specs`, for `integer_params`.
+
+    Returns:
+      The paths of both files.
+
+    Raises:
+      ValueError: where there is nothing of the base among the encodings; nothing is written.
+    """
+    own = {path: e for path, e in flattened(encodings) if not e.of_adapter}
+    base = without_adapters(params)
+    if not own:
+        raise ValueError(
+            "There are no encodings of the base to export. Compute them first, by "
+            "`quantsim.compute_encodings`."
+        )
+    _check_places(base, own)
+    weights = integer_params(base, nested(own), specs=specs) if integers else base
+    return _written(directory, prefix, dict(tensors_of(weights)), own, {})
+
+
+def export_adapter(
+    directory: str | os.PathLike[str],
+    params: Any,
+    encodings: Any,
+    *,
+    prefix: str,
+    adapter_name: str = DEFAULT,
+    metadata: AdapterMetadata | None = None,
+) -> tuple[Path, Path]:
+    """Writes an adapter's weights and its encodings, as `export_base` does the base's.
+
+    Tensors lie under their slashed paths, without the adapter's name (``.../lora/a``).
+
+    Args:
+      directory: where both files go; it has to exist.
+      params: of the model, or of adapters alone.
+      encodings: from `compute_encodings`; those of the base are left out.
+      prefix: of the names of the files.
+      adapter_name: of the adapter.
+      metadata: of the model's adapters: the adapter has to conform, and its scalings go along.
+
+    Returns:
+      The paths of both files.
+
+    Raises:
+      ValueError: where there is no such adapter, or one of its layers has no encodings; nothing is
+        written.
+    """
+    names = adapter_names(params)
+    if adapter_name not in names:
+        raise ValueError(f"There is no adapter {adapter_name!r} to export, but {[*names]}.")
+    lora = get_adapter(params, adapter_name)
+    branch = "lora" if adapter_name == DEFAULT else f".{adapter_name}"
+    own = {
+        nameless(path): encoding
+        for path, encoding in flattened(encodings)
+        if encoding.of_adapter and _is_of(path, branch)
+    }
+    tensors = dict(tensors_of(lora))
+    layers = {path.rpartition("/")[0] for path in tensors if path.endswith("/a")}
+    bare = sorted(layers - {path.rpartition("/")[0] for path in own})
+    if not own or bare:
+        raise ValueError(
+            f"The adapter {adapter_name!r} has no encodings{f' at {bare[:5]}' * bool(own)}: it "
+            "cannot be exported before `quantsim.compute_encodings` ran with it, enabled."
+        )
+    _check_places(lora, {path: e for path, e in own.items() if e.of_parameter})
+    texts = {}
+    if metadata is not None:
+        metadata.check(rename_adapter(lora, adapter_name), adapter_name)
+        texts = {ADAPTER_KEY: scalings_text(metadata.layers(adapter_name))}
+    return _written(directory, prefix, tensors, own, texts)
+
+
+def load_encodings(path: str | os.PathLike[str], sites: Mapping[str, Site]) -> Any:
+    """Encodings from a file in AIMET's schema 1.0.0; inverse of the exports.
+
+    Args:
+      path: of the file.
+      sites: from `find_sites`: the shapes of scales, which the schema does not know, and the
+        quantizers with which the file has to agree.
+
+    Returns:
+      A tree of encodings, none of them frozen.
+
+    Raises:
+      ValueError: with the file and the name: where it is no such file, an entry is about no site,
+        or says another bitwidth, symmetry, type or number of scales.
+    """
+    try:
+        data = json.loads(Path(path).read_bytes())
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ValueError(f"no encodings of version {VERSION}")
+        found: dict[str, Encoding] = {}
+        for key in ("activation_encodings", "param_encodings"):
+            entries = data.get(key)
+            if not isinstance(entries, list):
+                raise ValueError(f"{key!r} is no list")
+            for entry in entries:
+                name = str(entry.get("name")) if isinstance(entry, dict) else str(None)
+                if name not in sites or name in found:
+                    raise ValueError(
+                        f"{key!r} has an entry named {name!r}, which is "
+                        f"{'there twice' if name in found else 'about no site of this model'}"
+                    )
+                found[name] = _read(name, entry, sites[name], key == "param_encodings")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{os.fspath(path)!r} cannot be read: {error}.") from error
+    return nested(found)
+
+
+# --- Tensors -------------------------------------------------------------------------------------
+
+
+def tensors_of(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a tree by their slashed paths; stored values under the name of their layout."""
+    tree = meta.unbox(tree)
+    stored = as_stored(tree)
+    if stored is not None:
+        yield "/".join((*path, str(stored.layout))), np.asarray(stored.array)
+    elif is_branch(tree):
+        for key, value in children(tree):
+            yield from tensors_of(value, (*path, str(key)))
+    else:
+        yield "/".join(path), np.asarray(tree)
+
+
+def _check_places(tree: Any, encodings: Mapping[str, Encoding]) -> None:
+    """Refuses encodings of parameters that are not there."""
+    shapes = {path: array.shape for path, array in tensors_of(tree)}
+    for path, encoding in encodings.items():
+        if not encoding.of_parameter:
+            continue
+        scale = tuple(np.shape(encoding.scale))
+        shape = shapes.get(path)
+        if (
+            shape is None
+            or len(shape) != len(scale)
+            or any(n % m for n, m in zip(shape, scale, strict=True))
+        ):
+            raise ValueError(
+                f"The encoding of '{path}' has scales of shape {scale}, but the parameters have "
+                f"{'nothing there' if shape is None else f'shape {shape}'}. Export the parameters "
+                "that the encodings were computed with."
+            )
+
+
+def _is_of(path: str, branch: str) -> bool:
+    adapter = path.split("/")[-2]
+    return adapter.endswith(branch) if branch.startswith(".") else "." not in adapter
+
+
+# --- Encodings -----------------------------------------------------------------------------------
+
+
+def _written(
+    directory: str | os.PathLike[str],
+    prefix: str,
+    tensors: Mapping[str, np.ndarray],
+    encodings: Mapping[str, Encoding],
+    texts: Mapping[str, str],
+) -> tuple[Path, Path]:
+    """Both files, or none."""
+    if not prefix or Path(prefix).name != prefix:
+        raise ValueError(f"A prefix is the beginning of a file's name, got {prefix!r}.")
+    if not Path(directory).is_dir():
+        raise ValueError(f"{os.fspath(directory)!r} is no directory. Make it first.")
+    weights = Path(directory) / f"{prefix}.safetensors"
+    document = Path(directory) / f"{prefix}.encodings"
+    data = {
+        "version": VERSION,
+        "activation_encodings": _entries(encodings, of_parameters=False),
+        "param_encodings": _entries(encodings, of_parameters=True),
+    }
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with replacing(document) as file:
+        file.write(text.encode())
+        write_safetensors(weights, tensors, texts or None)
+    return weights, document
+
+
+def _entries(encodings: Mapping[str, Encoding], *, of_parameters: bool) -> list[dict[str, Any]]:
+    return [
+        _entry(path, encodings[path])
+        for path in sorted(encodings)
+        if encodings[path].of_parameter == of_parameters
+    ]
+
+
+def _entry(path: str, encoding: Encoding) -> dict[str, Any]:
+    scale = np.asarray(encoding.scale, np.float32)
+    offset = np.rint(np.asarray(encoding.offset, np.float32)).astype(np.int64)
+    signed = encoding.quantizer.method is not None  # blocks of Q4_0 have scales below zero
+    if not np.all(np.isfinite(scale)) or not (signed or np.all(scale > 0)):
+        raise ValueError(
+            f"The encoding of '{path}' has scales that are not positive, finite numbers: training "
+            "has spoilt them. Compute it anew, or train ranges with a smaller learning rate."
+        )
+    entry = {
+        "name": path,
+        "dtype": "INT",
+        "bw": encoding.bitwidth,
+        "enc_type": _enc_type(encoding.quantizer, scale.size),
+        "is_sym": encoding.symmetric,
+        "scale": [float(value) for value in scale.ravel()],
+        "offset": [int(value) for value in offset.ravel()],
+    }
+    if entry["enc_type"] == "PER_BLOCK":
+        entry["block_size"] = encoding.quantizer.block_size
+    return entry
+
+
+def _enc_type(quantizer: Quantizer, scales: int) -> str:
+    """Layers of a stack that have a scale each are channels of one tensor."""
+    if quantizer.granularity == "tensor" and scales > 1:
+        return _ENC_TYPES["channel"]
+    return _ENC_TYPES[quantizer.granularity]
+
+
+def _read(name: str, entry: Mapping[str, Any], site: Site, of_parameter: bool) -> Encoding:
+    quantizer = site.quantizer
+    count = int(np.prod(site.shape))
+    expected = {
+        "dtype": "INT",
+        "bw": quantizer.bitwidth,
+        "is_sym": quantizer.symmetric,
+        "enc_type": _enc_type(quantizer, count),
+    }
+    if quantizer.granularity == "block":
+        expected["block_size"] = quantizer.block_size
+    for field, value in expected.items():
+        if entry.get(field) != value:
+            raise ValueError(
+                f"{name!r} says {field} {entry.get(field)!r}, but the model simulates it with "
+                f"{value!r}"
+            )
+    if of_parameter != site.spec.of_parameter:
+        raise ValueError(f"{name!r} is in the wrong list")
+    leaves = []
+    for field in ("scale", "offset"):
+        values = entry.get(field)
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError(f"{name!r} has not the {count} numbers of {field!r} that it needs")
+        array = np.asarray(values, np.float64)
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{name!r} has numbers of {field!r} that are not finite")
+        leaves.append(jnp.asarray(array.reshape(site.shape), jnp.float32))
+    spec = site.spec
+    return Encoding(leaves[0], leaves[1], quantizer, spec.of_parameter, spec.of_adapter)
