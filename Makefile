@@ -41,15 +41,14 @@ $(READY): pyproject.toml
 	$(INSTALL) --editable ".[test,demo]"
 	@touch $@
 
-# torch comes first and alone, because with it the others would be searched for far longer; gemma's
-# `peft` needs nothing beyond the extra, while the whole of gemma asks for a training stack; AIMET
-# comes last, and takes what is there.
+# torch comes first and alone, because with it the others would be searched for far longer. What is
+# used of gemma and of AIMET needs nothing beyond the extra, while the whole of gemma asks for a
+# training stack, and AIMET for another build of torch.
 $(READY_INTEROP): pyproject.toml
 	$(begin_installation)
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) --editable ".[test,interop]"
-	$(INSTALL) --no-deps gemma==3.3.0
-	$(INSTALL) aimet-torch==2.42.0
+	$(INSTALL) --no-deps gemma==3.3.0 aimet-torch==2.42.0
 	@touch $@
 
 demo: $(READY)

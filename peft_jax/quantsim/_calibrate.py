@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from tqdm.auto import tqdm
 
 from peft_jax._quantize import quantize_layer
 from peft_jax._stacked import stack_first
@@ -20,16 +19,13 @@ from peft_jax._trees import children
 from peft_jax.initializers._observe import arguments, batches_of
 from peft_jax.quantsim._encoding import Encoding, flattened, nested
 from peft_jax.quantsim._grid import scale_and_offset
-from peft_jax.quantsim._harvest import folded
-from peft_jax.quantsim._model import SimulatedModel, encoding_leaves, find_sites, with_leaves
-from peft_jax.quantsim._quantizer import Quantizer
-from peft_jax.quantsim._ranges import METHODS
+from peft_jax.quantsim._model import SimulatedModel, find_sites
+from peft_jax.quantsim._observe import Forward, Program, gathered, range_of, statistic_of
 from peft_jax.quantsim._rule import Census, Simulate
-from peft_jax.quantsim._sites import INDEX, Site
-from peft_jax.quantsim._statistics import empty, fold, of_array
+from peft_jax.quantsim._sites import Site
+from peft_jax.quantsim._statistics import of_array
 
 Array = jax.Array
-Forward = Callable[[Any, Any, Any], Any]
 
 
 def compute_encodings(
@@ -101,9 +97,13 @@ def compute_encodings(
     if observed:
         acting = {**kept, **new}
         acting = {path: acting[path] for path in used if path in acting and path not in observed}
+        program = Program.of(sim, forward, acting, observed)
         every = itertools.chain([first], found)
-        totals = _observed(sim, params, every, forward, acting, observed, progress)
-        new |= {path: _from_totals(site, totals[path]) for path, site in observed.items()}
+        totals = gathered(program, params, acting, every, progress=progress)
+        new |= {
+            path: _encoding(site, *range_of(site.quantizer, totals[path]))
+            for path, site in observed.items()
+        }
     return nested({**kept, **new})
 
 
@@ -157,17 +157,6 @@ class _Surveyed:
         return self.sim.run(simulation, variables, *args, method=method, **flax, **kwargs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Watched:
-    """Stands for the model while it is calibrated: encodings lie among the parameters."""
-
-    sim: SimulatedModel
-    simulation: Simulate
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.sim.run(self.simulation, variables, *args, **kwargs)
-
-
 def _default_forward(model: Any, params: Any, batch: Any) -> Any:
     args, kwargs = arguments(batch)
     return model.apply({"params": params}, *args, **kwargs)
@@ -212,7 +201,8 @@ def _given(path: str, site: Site, params: Any) -> Encoding | None:
         raise ValueError(f"'{path}' holds NaN or infinity, and has no range. Mend it first.")
     if quantizer.method is not None:
         return _of_method(value, site)
-    low, high = _range(site, of_array(_kind(quantizer), _groups(value, site.shape)))
+    groups = _groups(value, site.shape)
+    low, high = range_of(quantizer, of_array(statistic_of(quantizer), groups))
     scale, offset = scale_and_offset(low, high, quantizer.bitwidth, quantizer.symmetric)
     leaves = (jnp.asarray(leaf).reshape(site.shape) for leaf in (scale, offset))
     return _of_leaves(site, *leaves)
@@ -257,92 +247,3 @@ def _of_leaves(site: Site, scale: Array, offset: Array) -> Encoding:
         site.spec.of_parameter,
         site.spec.of_adapter,
     )
-
-
-# --- Encodings from data -------------------------------------------------------------------------
-
-
-def _observed(
-    sim: SimulatedModel,
-    params: Any,
-    batches: Iterable[Any],
-    forward: Forward,
-    acting: Mapping[str, Encoding],
-    observed: Mapping[str, Site],
-    progress: bool,
-) -> dict[str, Any]:
-    """What is known of the observed sites after all batches."""
-    known = tuple((path, acting[path].quantizer) for path in sorted(acting))
-    simulation = Simulate(sim.config, known, frozenset(observed))
-    leaves = {path: encoding_leaves(encoding) for path, encoding in acting.items()}
-    leaves |= {path: {INDEX: site.indices()} for path, site in observed.items()}
-    specs = {**acting, **{path: site.spec for path, site in observed.items()}}
-
-    def run(params: Any, leaves: Any, batch: Any) -> Any:
-        return forward(_Watched(sim, simulation), with_leaves(params, leaves, specs), batch)
-
-    def folding(path: str, state: Any, index: Array, x: Array) -> Any:
-        site = observed[path]
-        return fold(_kind(site.quantizer), state, index, _columns(x, site.quantizer, site.groups))
-
-    @jax.jit
-    def step(params: Any, leaves: Any, batch: Any) -> Any:
-        start = {
-            path: empty(_kind(site.quantizer), site.layers, site.groups)
-            for path, site in observed.items()
-        }
-        return folded(run, folding)(start, params, leaves, batch)[1]
-
-    totals: dict[str, Any] = dict.fromkeys(observed)
-    shown = tqdm(batches, desc="calibrating", unit=" batches", disable=not progress)
-    for number, batch in enumerate(shown):
-        states = jax.device_get(step(params, leaves, batch))
-        for path, state in states.items():
-            _check_finite(path, state, number)
-            totals[path] = _accumulated(observed[path].quantizer, totals[path], state)
-    for path, total in totals.items():
-        if not np.all(total["seen"]):
-            raise ValueError(
-                f"Nothing was seen at '{path}'"
-                f"{' in some layers of the stack' if np.any(total['seen']) else ''}: the batches "
-                "do not reach it. Give batches that do, or leave it out by "
-                f"`QuantizerRule({path!r}, None)`."
-            )
-    return totals
-
-
-def _columns(x: Array, quantizer: Quantizer, groups: int) -> Array:
-    """The values of each group: ``(groups, values)`` in float32."""
-    x = x.astype(jnp.float32)
-    if groups == 1:
-        return x.reshape(1, -1)
-    return jnp.moveaxis(x.reshape(-1, groups, x.shape[-1] // groups), 1, 0).reshape(groups, -1)
-
-
-def _check_finite(path: str, state: Any, number: int) -> None:
-    if not np.all(state["finite"]):
-        raise ValueError(
-            f"NaN or infinity flows through '{path}' in batch {number} (counted from 0). Mend the "
-            "data or the parameters: no encodings were computed."
-        )
-
-
-def _kind(quantizer: Quantizer) -> str:
-    return METHODS[quantizer.calibration].statistic
-
-
-def _accumulated(quantizer: Quantizer, total: Any, state: Any) -> Any:
-    settings = {"momentum": quantizer.momentum} if quantizer.calibration == "moving_average" else {}
-    return METHODS[quantizer.calibration].accumulate(total, state, **settings)
-
-
-def _range(site: Site, total: Any) -> tuple[np.ndarray, np.ndarray]:
-    quantizer = site.quantizer
-    settings = {"percentile": quantizer.percentile} if quantizer.calibration == "percentile" else {}
-    return METHODS[quantizer.calibration].range(
-        total, quantizer.bitwidth, quantizer.symmetric, **settings
-    )
-
-
-def _from_totals(site: Site, total: Any) -> Encoding:
-    return _encoding(site, *_range(site, total))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -74,7 +74,8 @@ class SimulatedModel(Transparent):
         flat = dict(flattened(encodings))
         leaves = {path: encoding_leaves(encoding) for path, encoding in flat.items()}
         known = tuple((path, flat[path].quantizer) for path in sorted(flat))
-        params = with_leaves(variables.get("params", {}), leaves, flat)
+        adapters = {path for path, encoding in flat.items() if encoding.of_adapter}
+        params = with_leaves(variables.get("params", {}), leaves, adapters)
         return self.run(
             Simulate(self.config, known),
             {**variables, "params": params},
@@ -160,13 +161,13 @@ def encoding_leaves(encoding: Encoding) -> Leaves:
     return leaves if encoding.is_learnt else jax.lax.stop_gradient(leaves)
 
 
-def with_leaves(params: Any, leaves: Mapping[str, Leaves], flat: Mapping[str, Any]) -> Any:
+def with_leaves(params: Any, leaves: Mapping[str, Leaves], adapters: Collection[str]) -> Any:
     """The parameters with what is known of each site beside the arrays of its module.
 
     Args:
       params: of the model.
       leaves: by path.
-      flat: what says of each path whether it is ``of_adapter``.
+      adapters: the paths that belong to adapters.
 
     Raises:
       ValueError: where there is no such module.
@@ -174,7 +175,7 @@ def with_leaves(params: Any, leaves: Mapping[str, Leaves], flat: Mapping[str, An
     by_module: dict[tuple[str, ...], dict[str, Leaves]] = {}
     for path, found in leaves.items():
         parts = path.split("/")
-        depth = 2 if flat[path].of_adapter else 1
+        depth = 2 if path in adapters else 1
         by_module.setdefault(tuple(parts[:-depth]), {})["/".join(parts[-depth:])] = found
     left = dict(by_module)
     tree = _inserted(params, left, ())
