@@ -20,10 +20,18 @@ from peft_jax.initializers._observe import arguments, batches_of
 from peft_jax.quantsim._encoding import Encoding, flattened, nested
 from peft_jax.quantsim._grid import scale_and_offset
 from peft_jax.quantsim._model import SimulatedModel, find_sites
-from peft_jax.quantsim._observe import Forward, Program, gathered, range_of, statistic_of
+from peft_jax.quantsim._observe import (
+    Forward,
+    Program,
+    gathered,
+    range_of,
+    settings_of,
+    statistic_of,
+)
+from peft_jax.quantsim._quantizer import Quantizer
+from peft_jax.quantsim._ranges import range_of_array
 from peft_jax.quantsim._rule import Census, Simulate
 from peft_jax.quantsim._sites import Site
-from peft_jax.quantsim._statistics import of_array
 
 Array = jax.Array
 
@@ -201,11 +209,23 @@ def _given(path: str, site: Site, params: Any) -> Encoding | None:
         raise ValueError(f"'{path}' holds NaN or infinity, and has no range. Mend it first.")
     if quantizer.method is not None:
         return _of_method(value, site)
-    groups = _groups(value, site.shape)
-    low, high = range_of(quantizer, of_array(statistic_of(quantizer), groups))
+    low, high = _range_of_values(quantizer, _groups(value, site.shape))
     scale, offset = scale_and_offset(low, high, quantizer.bitwidth, quantizer.symmetric)
     leaves = (jnp.asarray(leaf).reshape(site.shape) for leaf in (scale, offset))
     return _of_leaves(site, *leaves)
+
+
+def _range_of_values(quantizer: Quantizer, groups: Array) -> Any:
+    """The range of each group, from all its values."""
+    if statistic_of(quantizer) == "extremes":  # where the weight lies
+        return np.asarray(jnp.min(groups, 1)), np.asarray(jnp.max(groups, 1))
+    return range_of_array(
+        quantizer.calibration,
+        groups,
+        quantizer.bitwidth,
+        quantizer.symmetric,
+        **settings_of(quantizer),
+    )
 
 
 def _groups(value: Array, scale: tuple[int, ...]) -> Array:

@@ -159,7 +159,11 @@ def _accumulated(quantizer: Quantizer, total: Any, state: Any) -> Any:
 
 def range_of(quantizer: Quantizer, total: Any) -> tuple[np.ndarray, np.ndarray]:
     """The range of each group, ``(layers, groups)``."""
-    settings = {"percentile": quantizer.percentile} if quantizer.calibration == "percentile" else {}
     return METHODS[quantizer.calibration].range(
-        total, quantizer.bitwidth, quantizer.symmetric, **settings
+        total, quantizer.bitwidth, quantizer.symmetric, **settings_of(quantizer)
     )
+
+
+def settings_of(quantizer: Quantizer) -> dict[str, Any]:
+    """What its way to choose a range takes besides the grid."""
+    return {"percentile": quantizer.percentile} if quantizer.calibration == "percentile" else {}

@@ -9,20 +9,19 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft  # noqa: F401
 import pytest
+import torch
 
 from peft_jax.quantsim._grid import fake_quantize, grid_range, scale_and_offset
 from peft_jax.quantsim._ranges import METHODS
 from peft_jax.quantsim._statistics import of_array
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("peft")  # which AIMET imports too: it has to see which libraries are there
-
 # AIMET names torchvision's layers and data sets in its tables, and uses none here; without them it
-# is imported beside any build of torch.
+# is imported beside any build of torch. (It imports peft too, which has to see what is there.)
 with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sys.modules, "torchvision", mock.MagicMock())
-    affine = pytest.importorskip("aimet_torch.quantization.affine")
+    affine = importlib.import_module("aimet_torch.quantization.affine")
     analyzers = importlib.import_module("aimet_torch.quantization.encoding_analyzer")
 
 Array = np.ndarray[Any, Any]
