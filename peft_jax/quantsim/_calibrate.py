@@ -21,6 +21,7 @@ from peft_jax.quantsim._encoding import Encoding, flattened, nested
 from peft_jax.quantsim._grid import scale_and_offset
 from peft_jax.quantsim._model import SimulatedModel, find_sites
 from peft_jax.quantsim._observe import (
+    Form,
     Forward,
     Program,
     gathered,
@@ -123,11 +124,12 @@ def _surveyed(
 ) -> tuple[dict[str, Site], set[str]]:
     """All sites of the model, and the paths of those that run on this batch."""
     census, sites = Census(), dict[str, Site]()
+    arrays, form = Form.of(batch)
 
-    def run(params: Any, batch: Any) -> Any:
-        return forward(_Surveyed(sim, census, sites), params, batch)
+    def run(params: Any, arrays: Any) -> Any:
+        return forward(_Surveyed(sim, census, sites), params, form.filled(arrays))
 
-    jax.eval_shape(run, params, batch)
+    jax.eval_shape(run, params, arrays)
     strange = sorted(census.used - set(sites))
     if strange:
         raise ValueError(

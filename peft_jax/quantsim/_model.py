@@ -76,13 +76,16 @@ class SimulatedModel(Transparent):
         known = tuple((path, flat[path].quantizer) for path in sorted(flat))
         adapters = {path for path, encoding in flat.items() if encoding.of_adapter}
         params = with_leaves(variables.get("params", {}), leaves, adapters)
-        return self.run(
-            Simulate(self.config, known),
-            {**variables, "params": params},
-            *args,
-            method=method,
-            **kwargs,
+        simulation = Simulate(self.config, known)
+        result = self.run(
+            simulation, {**variables, "params": params}, *args, method=method, **kwargs
         )
+        if kwargs.get("mutable", False) is False:
+            return result
+        y, state = result
+        if "params" in state:
+            state = {**state, "params": _without_leaves(state["params"])}
+        return y, state
 
     @nn.nowrap
     def run(
@@ -196,6 +199,14 @@ def _inserted(tree: Any, left: dict[tuple[str, ...], Any], path: tuple[str, ...]
     own = left.pop(path, None)
     here = {key: _inserted(value, left, (*path, str(key))) for key, value in children(tree)}
     return rebuild(tree, here if own is None else {**here, ENCODINGS: own})
+
+
+def _without_leaves(tree: Any) -> Any:
+    """The parameters alone; inverse of `with_leaves`."""
+    if not is_branch(tree):
+        return tree
+    pairs = [(key, _without_leaves(value)) for key, value in children(tree) if key != ENCODINGS]
+    return rebuild(tree, dict(pairs))
 
 
 def _paths(tree: Any, path: tuple[str, ...] = ()) -> list[str]:

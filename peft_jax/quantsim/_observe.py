@@ -26,6 +26,38 @@ Forward = Callable[[Any, Any, Any], Any]
 _KEPT = 16  # programs, with the models that they belong to
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A batch without its arrays: flags and names, which belong to the program.
+
+    Attributes:
+      tree: its structure.
+      rest: its leaves, None in the places of arrays.
+      is_array: which leaves are arrays.
+    """
+
+    tree: Any
+    rest: tuple[Any, ...]
+    is_array: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, batch: Any) -> tuple[list[Any], Form]:
+        """The arrays of a batch, and its form."""
+        leaves, tree = jax.tree.flatten(batch)
+        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves)
+        pairs = list(zip(leaves, is_array, strict=True))
+        rest = tuple(None if array else leaf for leaf, array in pairs)
+        return [leaf for leaf, array in pairs if array], cls(tree, rest, is_array)
+
+    def filled(self, arrays: Iterable[Any]) -> Any:
+        """The batch."""
+        left = iter(arrays)
+        pairs = zip(self.rest, self.is_array, strict=True)
+        return jax.tree.unflatten(
+            self.tree, [next(left) if array else leaf for leaf, array in pairs]
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """What runs on each batch. Equal ones share a trace: adapter after adapter, there is one.
@@ -74,11 +106,12 @@ class Program:
         """Stands for the model's: encodings lie among the parameters."""
         return self.sim.run(self.simulation, variables, *args, **kwargs)
 
-    def step(self, params: Any, leaves: Any, batch: Any) -> dict[str, Any]:
+    def step(self, params: Any, leaves: Any, arrays: Any, form: Form) -> dict[str, Any]:
         """What is known of each observed site after one batch."""
         sites = dict(self.observed)
 
-        def run(params: Any, leaves: Any, batch: Any) -> Any:
+        def run(params: Any, leaves: Any, arrays: Any) -> Any:
+            batch = form.filled(arrays)
             return self.forward(self, with_leaves(params, leaves, self.adapters), batch)
 
         def folding(path: str, state: Any, index: Array, x: Array) -> Any:
@@ -89,12 +122,12 @@ class Program:
             path: empty(statistic_of(site.quantizer), site.layers, site.groups)
             for path, site in self.observed
         }
-        return folded(run, folding)(start, params, leaves, batch)[1]
+        return folded(run, folding)(start, params, leaves, arrays)[1]
 
 
 @functools.lru_cache(maxsize=_KEPT)
 def _compiled(program: Program) -> Callable[..., dict[str, Any]]:
-    return jax.jit(program.step)
+    return jax.jit(program.step, static_argnums=3)
 
 
 def gathered(
@@ -116,7 +149,7 @@ def gathered(
     totals: dict[str, Any] = dict.fromkeys(observed)
     shown = tqdm(batches, desc="calibrating", unit=" batches", disable=not progress)
     for number, batch in enumerate(shown):
-        states = jax.device_get(step(params, leaves, batch))
+        states = jax.device_get(step(params, leaves, *Form.of(batch)))
         for path, state in states.items():
             _check_finite(path, state, number)
             totals[path] = _accumulated(observed[path].quantizer, totals[path], state)
