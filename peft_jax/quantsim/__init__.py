@@ -1,7 +1,13 @@
 """A quantization flow for adapters: simulate, calibrate the base once, swap adapters, export."""
 
 from peft_jax.quantsim._calibrate import compute_encodings
-from peft_jax.quantsim._encoding import Encoding, freeze, learnable_mask, unfreeze
+from peft_jax.quantsim._encoding import (
+    Encoding,
+    freeze,
+    learnable_mask,
+    merge_encodings,
+    unfreeze,
+)
 from peft_jax.quantsim._files import export_adapter, export_base, load_encodings
 from peft_jax.quantsim._grid import fake_quantize
 from peft_jax.quantsim._integers import integer_params
@@ -35,6 +41,7 @@ __all__ = [
     "integer_params",
     "learnable_mask",
     "load_encodings",
+    "merge_encodings",
     "simulate",
     "unfreeze",
     "use_adapter",

@@ -107,6 +107,24 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def merge_encodings(*trees: Any) -> Any:
+    """One tree of several, such as that of the base and that of an adapter, from their files.
+
+    Raises:
+      ValueError: where two of them hold the same path.
+    """
+    flat: dict[str, Encoding] = {}
+    for tree in trees:
+        found = dict(flattened(tree))
+        both = sorted(set(flat) & set(found))
+        if both:
+            raise ValueError(
+                f"Two of the trees hold encodings of {both[:5]}. Leave them out of one of both."
+            )
+        flat |= found
+    return nested(flat)
+
+
 def freeze(
     encodings: Any, *, parameters: bool = True, activations: bool = True, adapters: bool = False
 ) -> Any:

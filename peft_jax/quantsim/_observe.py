@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from peft_jax.quantsim._encoding import Encoding
 from peft_jax.quantsim._harvest import folded
