@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,37 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_both(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
+    """Paths to write two files at, which take the places of both where the block ends, or of none.
+
+    Each is beside its place until then. (A loss of power between the two moves can still part
+    them.)
+    """
+    mark, paths = uuid.uuid4().hex, (first, second)
+    new = [path.with_name(f".{path.name[:100]}.{mark}.new") for path in paths]
+    old = [path.with_name(f".{path.name[:100]}.{mark}.old") for path in paths]
+    try:
+        yield new[0], new[1]
+        for path, kept in zip(paths, old, strict=True):
+            if path.exists():
+                shutil.copy2(path, kept)
+        try:
+            for path, written in zip(paths, new, strict=True):
+                os.replace(written, path)
+            sync(first.parent)
+        except BaseException:
+            for path, kept in zip(paths, old, strict=True):
+                if kept.exists():
+                    os.rename(kept, path)
+                else:
+                    path.unlink(missing_ok=True)
+            raise
+    finally:
+        for path in (*new, *old):
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -31,7 +31,7 @@ from peft_jax.quantsim._observe import (
 )
 from peft_jax.quantsim._quantizer import Quantizer
 from peft_jax.quantsim._ranges import range_of_array
-from peft_jax.quantsim._rule import Census, Simulate
+from peft_jax.quantsim._rule import Census, Simulate, naming
 from peft_jax.quantsim._sites import Site
 
 Array = jax.Array
@@ -86,13 +86,24 @@ def compute_encodings(
         raise ValueError(
             f"compute_encodings takes a model from `quantsim.simulate`, got {type(sim).__name__}."
         )
+    if forward_fn is not None and not callable(forward_fn):
+        raise ValueError(f"forward_fn is a function (model, params, batch), got {forward_fn!r}.")
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            f"batches is an iterable of batches, got {type(batches).__name__}. Write [batch]."
+        )
     forward = _default_forward if forward_fn is None else forward_fn
     found = iter(batches_of(batches))
     first = next(found)
     sites, used = _surveyed(sim, params, first, forward)
+    if not sites:
+        raise ValueError(
+            "There is nothing to calibrate: 0 sites are simulated in what runs. Have the "
+            "configuration name quantizers, and forward_fn run `apply` of the model that it gets."
+        )
     kept = dict(flattened({} if encodings is None else encodings))
     frozen = {path for path in used if path in kept and kept[path].is_frozen}
-    for path in frozen:
+    for path in sorted(frozen):
         _check_frozen(path, kept[path], sites[path])
     due = {path: site for path, site in sites.items() if path in used - frozen}
     if not due:
@@ -210,7 +221,7 @@ def _given(path: str, site: Site, params: Any) -> Encoding | None:
     if not bool(jnp.all(jnp.isfinite(value))):
         raise ValueError(f"'{path}' holds NaN or infinity, and has no range. Mend it first.")
     if quantizer.method is not None:
-        return _of_method(value, site)
+        return _of_method(path, value, site)
     low, high = _range_of_values(quantizer, _groups(value, site.shape))
     scale, offset = scale_and_offset(low, high, quantizer.bitwidth, quantizer.symmetric)
     leaves = (jnp.asarray(leaf).reshape(site.shape) for leaf in (scale, offset))
@@ -238,7 +249,7 @@ def _groups(value: Array, scale: tuple[int, ...]) -> Array:
     return groups.reshape(int(np.prod(scale)), -1)
 
 
-def _of_method(value: Array, site: Site) -> Encoding:
+def _of_method(path: str, value: Array, site: Site) -> Encoding:
     """The scales of a method of `quantize_checkpoint`."""
     method = site.quantizer.method
     assert method is not None
@@ -249,7 +260,8 @@ def _of_method(value: Array, site: Site) -> Encoding:
         return quantize_layer(weight, method, site.spec.contracted)[1]
 
     flat = first.reshape(-1, *first.shape[depth:])
-    scales = jnp.stack([scale_of(weight) for weight in flat]).astype(jnp.float32)
+    with naming(path):
+        scales = jnp.stack([scale_of(weight) for weight in flat]).astype(jnp.float32)
     scale = site.laid_out(scales.reshape(site.layers, -1))
     return _of_leaves(site, scale, jnp.full(scale.shape, -(2.0 ** (site.quantizer.bitwidth - 1))))
 

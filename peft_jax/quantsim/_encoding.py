@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -70,11 +71,59 @@ class Encoding(struct.PyTreeNode):
         if isinstance(scale, jax.Array | np.ndarray) and not isinstance(scale, jax.core.Tracer):
             shown = f"scale={np.asarray(scale).ravel()[0]:.4g}" if scale.size == 1 else ""
         else:
-            shown = repr(scale)
+            shown = f"scale={scale!r}"
         shape = tuple(getattr(scale, "shape", ()))
         parts = [repr(self.quantizer), shown, f"shape={shape}"]
         parts += ["frozen"] if self.is_frozen else []
         return f"Encoding({', '.join(part for part in parts if part)})"
+
+
+def check_arrays(path: str, encoding: Encoding) -> None:
+    """Refuses an encoding whose leaves are no arrays of floats, of one shape.
+
+    Raises:
+      ValueError: with the path.
+    """
+    for name in ("scale", "offset"):
+        leaf = getattr(encoding, name)
+        if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            raise ValueError(
+                f"The encoding of '{path}' has for its {name} {type(leaf).__name__}, no array of "
+                "floats. Give the encodings, rather than a mask or what a transformation left."
+            )
+    if jnp.shape(encoding.scale) != jnp.shape(encoding.offset):
+        raise ValueError(
+            f"The encoding of '{path}' has scales of shape {jnp.shape(encoding.scale)} and offsets "
+            f"of {jnp.shape(encoding.offset)}, which have to agree."
+        )
+
+
+def check_grid(path: str, encoding: Encoding) -> None:
+    """Refuses an encoding that is no grid of its bitwidth; offsets are rounded first.
+
+    Raises:
+      ValueError: with the path.
+    """
+    check_arrays(path, encoding)
+    scale, offset = np.asarray(encoding.scale), np.asarray(encoding.offset)
+    first = 2 ** (encoding.bitwidth - 1) if encoding.symmetric else 2**encoding.bitwidth - 1
+    last = first if encoding.symmetric else 0
+    signed = encoding.quantizer.method is not None  # blocks of Q4_0 have scales below zero
+    for name, values, allowed, rule in (
+        ("scale", scale, np.isfinite(scale) & (signed | (scale > 0)), "a positive, finite number"),
+        (
+            "offset",
+            offset,
+            (np.rint(offset) >= -first) & (np.rint(offset) <= -last),
+            f"{-first}, for the grid is symmetric" if last else f"from {-first} to 0",
+        ),
+    ):
+        if not np.all(allowed):
+            raise ValueError(
+                f"The encoding of '{path}' has the {name} {values[~allowed].ravel()[0]}; it is "
+                f"{rule} ({encoding.quantizer!r}). Where training has spoilt it, compute it anew, "
+                "or train with a smaller learning rate."
+            )
 
 
 def flattened(encodings: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Encoding]]:
@@ -178,7 +227,8 @@ def learnable_mask(encodings: Any) -> Any:
     """Which leaves can learn: a tree of booleans for ``optax.masked`` or ``optax.multi_transform``.
 
     Scales of encodings that are not frozen, and offsets of those that are not symmetric; nothing
-    of a fixed ``range``, or of a ``method``, whose scales follow the weight.
+    of a fixed ``range``, or of a ``method``, whose scales follow the weight. Scales are to stay
+    positive, which exports check: give ranges a learning rate that is small against them.
     """
 
     def mask(encoding: Encoding) -> Encoding:

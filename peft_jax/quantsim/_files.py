@@ -13,19 +13,26 @@ import numpy as np
 from flax.core import meta
 
 from peft_jax._named import adapter_names, get_adapter, rename_adapter, without_adapters
-from peft_jax._names import DEFAULT
+from peft_jax._names import DEFAULT, named_as
 from peft_jax._specs import LayerSpec
 from peft_jax._stored import as_stored
 from peft_jax._trees import children, is_branch
-from peft_jax.io._replacing import replacing
+from peft_jax.io._replacing import replacing, replacing_both
 from peft_jax.io._safetensors import write_safetensors
-from peft_jax.quantsim._encoding import Encoding, flattened, nested
+from peft_jax.quantsim._encoding import Encoding, check_grid, flattened, nested
 from peft_jax.quantsim._integers import integer_params
-from peft_jax.quantsim._metadata import ADAPTER_KEY, AdapterMetadata, nameless, scalings_text
+from peft_jax.quantsim._metadata import (
+    ADAPTER_KEY,
+    AdapterMetadata,
+    check_metadata,
+    nameless,
+    scalings_text,
+)
 from peft_jax.quantsim._quantizer import Quantizer
 from peft_jax.quantsim._sites import Site
 
 VERSION = "1.0.0"
+_LARGEST = 3.4e38  # what float32 holds
 _ENC_TYPES = {"tensor": "PER_TENSOR", "channel": "PER_CHANNEL", "block": "PER_BLOCK"}
 
 
@@ -105,11 +112,10 @@ def export_adapter(
     if adapter_name not in names:
         raise ValueError(f"There is no adapter {adapter_name!r} to export, but {[*names]}.")
     lora = get_adapter(params, adapter_name)
-    branch = "lora" if adapter_name == DEFAULT else f".{adapter_name}"
     own = {
         nameless(path): encoding
         for path, encoding in flattened(encodings)
-        if encoding.of_adapter and _is_of(path, branch)
+        if encoding.of_adapter and _is_of(path, adapter_name)
     }
     tensors = dict(tensors_of(lora))
     layers = {path.rpartition("/")[0] for path in tensors if path.endswith("/a")}
@@ -122,18 +128,22 @@ def export_adapter(
     _check_places(lora, {path: e for path, e in own.items() if e.of_parameter})
     texts = {}
     if metadata is not None:
+        check_metadata("export_adapter", metadata)
         metadata.check(rename_adapter(lora, adapter_name), adapter_name)
         texts = {ADAPTER_KEY: scalings_text(metadata.layers(adapter_name))}
     return _written(directory, prefix, tensors, own, texts)
 
 
-def load_encodings(path: str | os.PathLike[str], sites: Mapping[str, Site]) -> Any:
+def load_encodings(
+    path: str | os.PathLike[str], sites: Mapping[str, Site], *, adapter_name: str = DEFAULT
+) -> Any:
     """Encodings from a file in AIMET's schema 1.0.0; inverse of the exports.
 
     Args:
       path: of the file.
       sites: from `find_sites`: the shapes of scales, which the schema does not know, and the
         quantizers with which the file has to agree.
+      adapter_name: of the adapter in the model whose encodings the file may hold.
 
     Returns:
       A tree of encodings, none of them frozen.
@@ -142,6 +152,13 @@ def load_encodings(path: str | os.PathLike[str], sites: Mapping[str, Site]) -> A
       ValueError: with the file and the name: where it is no such file, an entry is about no site,
         or says another bitwidth, symmetry, type or number of scales.
     """
+    if not isinstance(sites, Mapping) or not all(isinstance(s, Site) for s in sites.values()):
+        raise ValueError("load_encodings takes sites from `quantsim.find_sites(sim, *inputs)`.")
+    places = {
+        nameless(place) if site.spec.of_adapter else place: place
+        for place, site in sites.items()
+        if not site.spec.of_adapter or _is_of(place, adapter_name)
+    }
     try:
         data = json.loads(Path(path).read_bytes())
         if not isinstance(data, dict) or data.get("version") != VERSION:
@@ -153,13 +170,14 @@ def load_encodings(path: str | os.PathLike[str], sites: Mapping[str, Site]) -> A
                 raise ValueError(f"{key!r} is no list")
             for entry in entries:
                 name = str(entry.get("name")) if isinstance(entry, dict) else str(None)
-                if name not in sites or name in found:
+                if name not in places or places[name] in found:
                     raise ValueError(
                         f"{key!r} has an entry named {name!r}, which is "
-                        f"{'there twice' if name in found else 'about no site of this model'}"
+                        f"{'there twice' if name in places else 'about no site of this model'}"
                     )
-                found[name] = _read(name, entry, sites[name], key == "param_encodings")
-    except (ValueError, UnicodeDecodeError) as error:
+                site = sites[places[name]]
+                found[places[name]] = _read(name, entry, site, key == "param_encodings")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)!r} cannot be read: {error}.") from error
     return nested(found)
 
@@ -200,9 +218,9 @@ def _check_places(tree: Any, encodings: Mapping[str, Encoding]) -> None:
             )
 
 
-def _is_of(path: str, branch: str) -> bool:
-    adapter = path.split("/")[-2]
-    return adapter.endswith(branch) if branch.startswith(".") else "." not in adapter
+def _is_of(path: str, adapter_name: str) -> bool:
+    """Whether a path is of an array of the adapter of this name."""
+    return named_as(path.split("/")[-2]) == adapter_name
 
 
 # --- Encodings -----------------------------------------------------------------------------------
@@ -216,10 +234,10 @@ def _written(
     texts: Mapping[str, str],
 ) -> tuple[Path, Path]:
     """Both files, or none."""
-    if not prefix or Path(prefix).name != prefix:
+    if not isinstance(prefix, str) or not prefix or Path(prefix).name != prefix or "\0" in prefix:
         raise ValueError(f"A prefix is the beginning of a file's name, got {prefix!r}.")
-    if not Path(directory).is_dir():
-        raise ValueError(f"{os.fspath(directory)!r} is no directory. Make it first.")
+    if not isinstance(directory, str | os.PathLike) or not Path(directory).is_dir():
+        raise ValueError(f"{directory!r} is no directory. Make it first.")
     weights = Path(directory) / f"{prefix}.safetensors"
     document = Path(directory) / f"{prefix}.encodings"
     data = {
@@ -228,9 +246,10 @@ def _written(
         "param_encodings": _entries(encodings, of_parameters=True),
     }
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with replacing(document) as file:
-        file.write(text.encode())
-        write_safetensors(weights, tensors, texts or None)
+    with replacing_both(weights, document) as (new_weights, new_document):
+        write_safetensors(new_weights, tensors, texts or None)
+        with replacing(new_document) as file:
+            file.write(text.encode())
     return weights, document
 
 
@@ -243,14 +262,9 @@ def _entries(encodings: Mapping[str, Encoding], *, of_parameters: bool) -> list[
 
 
 def _entry(path: str, encoding: Encoding) -> dict[str, Any]:
+    check_grid(path, encoding)
     scale = np.asarray(encoding.scale, np.float32)
     offset = np.rint(np.asarray(encoding.offset, np.float32)).astype(np.int64)
-    signed = encoding.quantizer.method is not None  # blocks of Q4_0 have scales below zero
-    if not np.all(np.isfinite(scale)) or not (signed or np.all(scale > 0)):
-        raise ValueError(
-            f"The encoding of '{path}' has scales that are not positive, finite numbers: training "
-            "has spoilt them. Compute it anew, or train ranges with a smaller learning rate."
-        )
     entry = {
         "name": path,
         "dtype": "INT",
@@ -284,7 +298,7 @@ def _read(name: str, entry: Mapping[str, Any], site: Site, of_parameter: bool) -
     if quantizer.granularity == "block":
         expected["block_size"] = quantizer.block_size
     for field, value in expected.items():
-        if entry.get(field) != value:
+        if entry.get(field) != value or type(entry[field]) is not type(value):
             raise ValueError(
                 f"{name!r} says {field} {entry.get(field)!r}, but the model simulates it with "
                 f"{value!r}"
@@ -296,9 +310,11 @@ def _read(name: str, entry: Mapping[str, Any], site: Site, of_parameter: bool) -
         values = entry.get(field)
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(f"{name!r} has not the {count} numbers of {field!r} that it needs")
-        array = np.asarray(values, np.float64)
-        if not np.all(np.isfinite(array)):
-            raise ValueError(f"{name!r} has numbers of {field!r} that are not finite")
-        leaves.append(jnp.asarray(array.reshape(site.shape), jnp.float32))
+        kinds = (int, float) if field == "scale" else (int,)
+        if not all(type(value) in kinds and abs(value) < _LARGEST for value in values):
+            raise ValueError(f"{name!r} has in {field!r} what is no number of the kind")
+        leaves.append(jnp.asarray(np.asarray(values, np.float32).reshape(site.shape)))
     spec = site.spec
-    return Encoding(leaves[0], leaves[1], quantizer, spec.of_parameter, spec.of_adapter)
+    encoding = Encoding(leaves[0], leaves[1], quantizer, spec.of_parameter, spec.of_adapter)
+    check_grid(name, encoding)
+    return encoding

@@ -14,7 +14,7 @@ from peft_jax._methods import QuantizationMethod
 from peft_jax._spec_box import reboxed
 from peft_jax._specs import LayerSpec
 from peft_jax._trees import children, is_branch, rebuild
-from peft_jax.quantsim._encoding import Encoding, flattened
+from peft_jax.quantsim._encoding import Encoding, check_grid, flattened
 from peft_jax.quantsim._grid import codes
 
 Array = jax.Array
@@ -38,6 +38,7 @@ def integer_params(
       ValueError: where a parameter is not there; as `quantize_checkpoint`.
     """
     own = {path: e for path, e in flattened(encodings) if e.of_parameter}
+    _check_weights(params, own)
     plain = {path: e for path, e in own.items() if e.quantizer.method is None}
     tree = _with_codes(params, plain, ())
     by_method = {(e.quantizer.method, path) for path, e in own.items() if path not in plain}
@@ -48,6 +49,32 @@ def integer_params(
         chosen = None if specs is None else {path: specs[path] for path in paths if path in specs}
         tree = quantize_checkpoint(tree, method=method, specs=chosen, select=paths.__contains__)
     return tree
+
+
+def _check_weights(params: Any, encodings: Mapping[str, Encoding]) -> None:
+    """Refuses encodings of what is not there, is no float, or does not fit."""
+    for path, encoding in encodings.items():
+        check_grid(path, encoding)
+        here: Any = params
+        for name in path.split("/"):
+            here = {str(key): value for key, value in children(here)} if is_branch(here) else {}
+            here = here.get(name)
+        value = meta.unbox(here)
+        dtype = getattr(value, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            found = "lack" if value is None else f"hold as {dtype or type(value).__name__}"
+            raise ValueError(
+                f"There is an encoding for '{path}', which the parameters {found}. Give the "
+                "parameters that the encodings were computed with."
+            )
+        shape, scale = jnp.shape(value), jnp.shape(encoding.scale)
+        if len(shape) != len(scale) or any(n % m for n, m in zip(shape, scale, strict=True)):
+            raise ValueError(
+                f"The encoding of '{path}' has scales of shape {scale}, which do not fit the "
+                f"parameter's {shape}. Give the parameters that the encodings were computed with."
+            )
+        if not bool(jnp.all(jnp.isfinite(value))):
+            raise ValueError(f"'{path}' holds NaN or infinity, which no integer is. Mend it first.")
 
 
 def _with_codes(tree: Any, encodings: Mapping[str, Encoding], path: tuple[str, ...]) -> Any:

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
+import math
+import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from peft_jax._named import adapter_names, add_adapter, get_adapter, rename_adapter
 from peft_jax._names import DEFAULT, check_adapter_name, named_as
 from peft_jax._specs import LoraSpec
+from peft_jax._stacked import stack_back, stack_first
 from peft_jax._trees import children, is_branch
 from peft_jax.io._replacing import replacing
 from peft_jax.io._safetensors import SafetensorsFile
+from peft_jax.quantsim._encoding import nested
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(_is_count, value))
+
 
 _FORMAT, _VERSION = "peft_jax.adapter_metadata", 1
 ADAPTER_KEY = "adapter"
@@ -34,6 +52,7 @@ class AdapterLayer:
       rank: length of the rank axis.
       alpha: as the config says it; None: the scaling is 1.
       scaling: factor of ``x·a·b``.
+      shapes: of the adapter's arrays, by their names, with the axes of a stack.
     """
 
     a: str
@@ -41,6 +60,28 @@ class AdapterLayer:
     rank: int
     alpha: float | None
     scaling: float
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "a": isinstance(self.a, str) and self.a.endswith("/a"),
+            "b": isinstance(self.b, str) and self.b == f"{str(self.a)[:-1]}b",
+            "rank": _is_count(self.rank) and self.rank > 0,
+            "alpha": self.alpha is None or _is_number(self.alpha),
+            "scaling": _is_number(self.scaling),
+            "shapes": isinstance(self.shapes, Mapping)
+            and {"a", "b"} <= set(self.shapes)
+            and all(map(_is_shape, self.shapes.values())),
+        }
+        for field, is_allowed in allowed.items():
+            if not is_allowed:
+                raise ValueError(
+                    f"AdapterLayer.{field} = {getattr(self, field)!r} is not allowed: a and b are "
+                    "the paths of an adapter's arrays, rank a positive integer, alpha a number or "
+                    "None, scaling a number, shapes those of a and b and what else there is."
+                )
+        shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
+        object.__setattr__(self, "shapes", shapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +126,7 @@ class AdapterMetadata:
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"The metadata of adapters lack something: {error}.") from error
+            raise ValueError(f"The metadata of adapters are not complete: {error}.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON, whole or not at all."""
@@ -102,7 +143,7 @@ class AdapterMetadata:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_bytes()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 
     def layers(self, adapter_name: str) -> Mapping[str, AdapterLayer]:
@@ -127,24 +168,40 @@ class AdapterMetadata:
         Raises:
           ValueError: with the paths that are missing or surplus, or the ranks that differ.
         """
-        known, found = self.layers(adapter_name), _shapes(lora)
-        own = {layer.a for layer in known.values()} | {layer.b for layer in known.values()}
-        missing, surplus = sorted(own - set(found)), sorted(set(found) - own)
-        if missing or surplus:
-            close = difflib.get_close_matches(surplus[0], missing, 2, 0.0) if surplus else []
-            raise ValueError(
-                f"The adapter is not made like {adapter_name!r} of the metadata: it lacks "
-                f"{missing[:5]}, and has besides {surplus[:5]} (close to {close}). "
-                "Give an adapter of the same layers, or make the model and its metadata anew."
-            )
-        for path, layer in known.items():
-            rank = found[layer.a][-1] if found[layer.a] else None
-            if rank != layer.rank or layer.rank not in found[layer.b]:
+        known, found = self.layers(adapter_name), dict(_leaves(lora))
+        own = {
+            f"{path}/{name}": (shape, layer.rank)
+            for path, layer in known.items()
+            for name, shape in layer.shapes.items()
+        }
+        self.check_paths(own, found, adapter_name)
+        for path, (shape, rank) in own.items():
+            dtype, is_shape = found[path].dtype, np.shape(found[path])
+            if is_shape != shape or not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(
-                    f"The adapter at '{path}' has a of shape {found[layer.a]} and b of shape "
-                    f"{found[layer.b]}, but the metadata say rank {layer.rank}. Give an adapter of "
-                    "this rank, or make the model and its metadata anew."
+                    f"The adapter's array '{path}' is {dtype} of shape {is_shape}, but the "
+                    f"metadata say floats of {shape}, for rank {rank}. Give an adapter of this "
+                    "rank and these layers, or make the model and its metadata anew."
                 )
+
+    def check_paths(self, own: Collection[str], found: Collection[str], name: str) -> None:
+        """Refuses paths of arrays that are not those of the adapter of this name."""
+        missing, surplus = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+        if missing or surplus:
+            raise ValueError(
+                f"The adapter is not made like {name!r} of the metadata: it lacks {missing[:5]}, "
+                f"and has besides {surplus[:5]}. Give an adapter of the same layers and variant, "
+                "or make the model and its metadata anew."
+            )
+
+
+def check_metadata(caller: str, metadata: Any) -> None:
+    """Refuses anything but metadata."""
+    if not isinstance(metadata, AdapterMetadata):
+        raise ValueError(
+            f"{caller} takes AdapterMetadata from `quantsim.adapter_metadata`, got "
+            f"{type(metadata).__name__}."
+        )
 
 
 def adapter_metadata(specs: Mapping[str, LoraSpec]) -> AdapterMetadata:
@@ -153,11 +210,14 @@ def adapter_metadata(specs: Mapping[str, LoraSpec]) -> AdapterMetadata:
     Raises:
       ValueError: where there are none with ``a`` and ``b``.
     """
+    if not isinstance(specs, Mapping) or not all(isinstance(s, LoraSpec) for s in specs.values()):
+        raise ValueError("adapter_metadata takes specs from `peft.lora_specs(model, *inputs)`.")
     adapters: dict[str, dict[str, AdapterLayer]] = {}
     for path, spec in specs.items():
         if spec.variant == "tokens":
             continue
-        layer = AdapterLayer(f"{path}/a", f"{path}/b", spec.rank, spec.alpha, spec.scaling)
+        arrays = f"{path}/a", f"{path}/b"
+        layer = AdapterLayer(*arrays, spec.rank, spec.alpha, spec.scaling, _shapes_of(path, spec))
         adapters.setdefault(named_as(path.rpartition("/")[2]), {})[path] = layer
     if not adapters:
         raise ValueError(
@@ -165,6 +225,32 @@ def adapter_metadata(specs: Mapping[str, LoraSpec]) -> AdapterMetadata:
             "adapted model."
         )
     return AdapterMetadata(adapters)
+
+
+def _shapes_of(path: str, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter's arrays."""
+    if spec.shape is None:
+        raise ValueError(
+            f"The spec of '{path}' does not say the shape of its weight. Take specs from "
+            "`peft.lora_specs(model, *inputs)`."
+        )
+    letters = {"a": spec.letters[0], "b": spec.letters[1]}
+    letters |= {"magnitude": spec.output_letters} if spec.variant == "dora" else {}
+    letters |= {"bias": spec.output_letters} if spec.bias is not None else {}
+    kernel = spec.letters[2]
+    depth = len(spec.shape) - len(kernel)
+    axes = spec.stack_axes or (0,) * depth
+    first = _moved(stack_first, spec.shape, axes)
+    sizes = dict(zip(kernel, first[depth:], strict=True))
+    return {
+        name: _moved(stack_back, first[:depth] + tuple(sizes.get(c, spec.rank) for c in own), axes)
+        for name, own in letters.items()
+    }
+
+
+def _moved(move: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    like = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda array: move(array, axes), like).shape
 
 
 def use_adapter(
@@ -187,6 +273,7 @@ def use_adapter(
       ValueError: where paths, ranks or (of a file) scalings differ from the metadata.
     """
     check_adapter_name("use_adapter", adapter_name)
+    check_metadata("use_adapter", metadata)
     if isinstance(source, str | os.PathLike):
         lora = _read(source, metadata, adapter_name)
     else:
@@ -204,23 +291,19 @@ def use_adapter(
 def _read(
     path: str | os.PathLike[str], metadata: AdapterMetadata, adapter_name: str
 ) -> dict[str, Any]:
+    own = [
+        f"{adapter}/{leaf}"
+        for adapter, layer in metadata.layers(adapter_name).items()
+        for leaf in layer.shapes
+    ]
     with SafetensorsFile(path) as file:
-        lora: dict[str, Any] = {}
-        for name in file.names:
-            *parents, leaf = name.split("/")
-            here = lora
-            for parent in parents:
-                here = here.setdefault(parent, {})
-                if not isinstance(here, dict):
-                    raise ValueError(f"{os.fspath(path)!r}: {name!r} lies inside another tensor.")
-            here[leaf] = file.read(name)
-        text = file.metadata.get(ADAPTER_KEY)
-    try:
-        lora = rename_adapter(lora, adapter_name)
-        metadata.check(lora, adapter_name)
-        _check_scalings(text, metadata.layers(adapter_name))
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r}: {error}") from error
+        try:
+            metadata.check_paths({nameless(name) for name in own}, file.names, adapter_name)
+            lora = nested({name: file.read(nameless(name)) for name in own})
+            metadata.check(lora, adapter_name)
+            _check_scalings(file.metadata.get(ADAPTER_KEY), metadata.layers(adapter_name))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)!r}: {error}") from error
     return lora
 
 
@@ -236,6 +319,8 @@ def _check_scalings(text: str | None, layers: Mapping[str, AdapterLayer]) -> Non
         return
     expected = {nameless(layer.a): layer.scaling for layer in layers.values()}
     found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"its metadata {ADAPTER_KEY!r} hold no scalings")
     for path, scaling in expected.items():
         if found.get(path) != scaling:
             raise ValueError(
@@ -250,11 +335,11 @@ def nameless(path: str) -> str:
     return "/".join((*parents, adapter.partition(".")[0], leaf))
 
 
-def _shapes(tree: Any, path: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays ``a`` and ``b``, by path."""
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """All arrays of a tree, by path."""
+    tree = meta.unbox(tree)
     if not is_branch(tree):
-        return {"/".join(path): np.shape(meta.unbox(tree))} if path and path[-1] in "ab" else {}
-    found: dict[str, tuple[int, ...]] = {}
+        yield "/".join(path), tree if hasattr(tree, "dtype") else np.asarray(tree)
+        return
     for key, value in children(tree):
-        found |= _shapes(value, (*path, str(key)))
-    return found
+        yield from _leaves(value, (*path, str(key)))

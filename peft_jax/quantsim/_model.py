@@ -14,7 +14,7 @@ from peft_jax._model import model_init
 from peft_jax._spec_box import traced_boxes
 from peft_jax._trees import children, is_branch, rebuild
 from peft_jax._wrapper import Transparent
-from peft_jax.quantsim._encoding import Encoding, flattened
+from peft_jax.quantsim._encoding import Encoding, check_arrays, flattened
 from peft_jax.quantsim._quantizer import SimulationConfig
 from peft_jax.quantsim._rule import Census, Simulate
 from peft_jax.quantsim._sites import ENCODINGS, OFFSET, SCALE, Site, check_rules, site_of
@@ -71,7 +71,14 @@ class SimulatedModel(Transparent):
                 "SimulatedModel.apply takes encodings=..., from `quantsim.compute_encodings`. "
                 "Without simulation, run the model itself."
             )
+        if not isinstance(variables, Mapping):
+            raise ValueError(
+                f"SimulatedModel.apply takes variables, such as {{'params': params}}, got "
+                f"{type(variables).__name__}."
+            )
         flat = dict(flattened(encodings))
+        for path, encoding in flat.items():
+            check_arrays(path, encoding)
         leaves = {path: encoding_leaves(encoding) for path, encoding in flat.items()}
         known = tuple((path, flat[path].quantizer) for path in sorted(flat))
         adapters = {path for path, encoding in flat.items() if encoding.of_adapter}
@@ -143,6 +150,10 @@ def find_sites(
     Raises:
       ValueError: where a rule of the configuration matches nothing.
     """
+    if not isinstance(sim, SimulatedModel):
+        raise ValueError(
+            f"find_sites takes a model from `quantsim.simulate`, got {type(sim).__name__}."
+        )
     census = Census()
     init, given = model_init(sim.wrapped, "find_sites", method, rngs)
     with ModuleInterceptor(Simulate(sim.config, census=census)):

@@ -16,8 +16,11 @@ CALIBRATIONS = ("min_max", "percentile", "mse", "moving_average")
 _AFFINE_METHODS = ("int4", "int8", "q4_0", "q4_0_transpose")
 
 
+_LARGEST = 3.4e38  # what float32 holds
+
+
 def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
@@ -91,20 +94,14 @@ class Quantizer:
             self._refuse("momentum", "is between 0 and 1")
         if self.range is not None:
             self._check_range()
+        for field in ("bitwidth", "block_size", "axis"):  # numpy's integers are not JSON's
+            value = getattr(self, field)
+            object.__setattr__(self, field, None if value is None else int(value))
 
     def _take(self, method: QuantizationMethod) -> None:
         """Sets the fields that the method settles."""
         if method.value not in _AFFINE_METHODS:
             self._refuse("method", f"is one of {_AFFINE_METHODS}, whose values lie on even grids")
-        given = [
-            field.name
-            for field in dataclasses.fields(self)
-            if field.name not in ("method", "bitwidth", "symmetric", "granularity", "block_size")
-            and field.name != "axis"
-            and getattr(self, field.name) != field.default
-        ]
-        if given:
-            self._refuse("method", f"leaves nothing to calibrate, and so goes without {given}")
         block = method.block
         settled = {
             "method": method,
@@ -114,6 +111,10 @@ class Quantizer:
             "block_size": None if block is None else block[1],
             "axis": None if block is None else block[0],
         }
+        for field in dataclasses.fields(self):
+            given, default = getattr(self, field.name), field.default
+            if field.name != "method" and given not in (default, settled.get(field.name, default)):
+                self._refuse(field.name, f"goes without method={method.value!r}, which says it all")
         for name, value in settled.items():
             object.__setattr__(self, name, value)
 
@@ -123,10 +124,10 @@ class Quantizer:
             not isinstance(given, tuple | list)
             or len(given) != 2
             or not all(map(_is_number, given))
-            or not given[0] <= 0 <= given[1]
+            or not -_LARGEST <= given[0] <= 0 <= given[1] <= _LARGEST
             or given[0] == given[1]
         ):
-            self._refuse("range", "is (min, max) with min <= 0 <= max, for zero is on every grid")
+            self._refuse("range", "is (min, max) in float32, with zero between, as on every grid")
         object.__setattr__(self, "range", (float(given[0]), float(given[1])))
 
     def _refuse(self, field: str, rule: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
@@ -33,6 +35,7 @@ from peft_jax.quantsim._sites import (
 )
 
 Array = jax.Array
+_ARRAYS = (jax.Array, np.ndarray)
 _ADAPTER_FIELDS = {"a": "adapter_weights", "b": "adapter_weights", "scaling": "adapter_scaling"}
 
 
@@ -66,14 +69,7 @@ class Simulate:
     census: Census | None = None
 
     def __call__(self, module: nn.Module) -> nn.Module:
-        if find_layer(module) is None and not self.names_others:
-            return module
         return _Simulated(wrapped=module, simulation=self)
-
-    @functools.cached_property
-    def names_others(self) -> bool:
-        """Whether a rule names what is not simulated by itself."""
-        return any(rule.quantizer is not None and rule.names(1) for rule in self.config.rules)
 
     @functools.cached_property
     def quantizers(self) -> Mapping[str, Quantizer]:
@@ -84,13 +80,13 @@ class Simulate:
         self,
         call: Call,
         name: str,
-        value: Array,
+        value: Array | np.ndarray,
         field: str | None,
         *,
         contracted: tuple[int, ...] | None = None,
         of_adapter: bool = False,
         parts: int = 1,
-    ) -> Array:
+    ) -> Any:
         """An array as the model computes with it.
 
         Args:
@@ -109,7 +105,14 @@ class Simulate:
         if self.census is not None and (field is not None or quantizer is not None):
             self.census.possible.add(path)
         if quantizer is None:
+            self._refuse_unused(call, name, path)
             return value
+        if call.mapped:
+            raise ValueError(
+                f"The layer at '{call.path}' runs inside `nn.map_variables` (nn.WeightNorm and "
+                "nn.SpectralNorm do so), where there is no place for encodings. Leave it out by "
+                f"`QuantizerRule('{call.path}/*', None)`."
+            )
         if quantizer.method is not None and contracted is None:
             raise ValueError(
                 f"'{path}' flows between layers, and a quantizer with a method is for weights "
@@ -117,23 +120,34 @@ class Simulate:
             )
         if recording():
             spec = SiteSpec(quantizer, contracted is not None, of_adapter, contracted or ())
-            self._record(call, name, value, path, spec)
+            self._record(call, name, value.shape, path, spec)
             return value
         if self.census is not None:
             self.census.used.add(path)
             return value
-        return self._simulated(call, name, value, path, quantizer, contracted)
+        return self._simulated(call, name, jnp.asarray(value), path, quantizer, contracted)
 
-    def _record(self, call: Call, name: str, value: Array, path: str, spec: SiteSpec) -> None:
+    def _record(
+        self, call: Call, name: str, shape: tuple[int, ...], path: str, spec: SiteSpec
+    ) -> None:
         """Leaves a box, which lifts stack as they do parameters, in the place of the encoding."""
         contracted = spec.contracted if spec.of_parameter else None
-        shape = scale_shape(value.shape, contracted, spec.quantizer, path)
+        shape = scale_shape(shape, contracted, spec.quantizer, path)
         if not spec.of_parameter:  # room for a stack axis anywhere among those of the weight
             shape = (1,) * (_rank(call) - 1) + shape
         scope = call.module.scope
         boxes = dict(scope.get_variable("params", ENCODINGS) or {})
         boxes[name] = SpecBox(jnp.zeros(shape, jnp.float32), spec)
         scope.put_variable("params", ENCODINGS, boxes)
+
+    def _refuse_unused(self, call: Call, name: str, path: str) -> None:
+        """Encodings that would be passed over in silence."""
+        leaves = call.module.scope.get_variable("params", ENCODINGS) or {}
+        if self.census is None and name in leaves:
+            raise ValueError(
+                f"There is an encoding for '{path}', which the configuration does not simulate. "
+                "Leave it out of the tree, or simulate it by a QuantizerRule."
+            )
 
     def _simulated(
         self,
@@ -161,16 +175,34 @@ class Simulate:
             )
         if quantizer.method is not None:
             assert contracted is not None
-            return simulate_quantize(
-                value, quantizer.method, axes_for(quantizer.method, contracted)
-            )
+            with naming(path):
+                axes = axes_for(quantizer.method, contracted)
+                return simulate_quantize(value, quantizer.method, axes)
+        shape = scale_shape(value.shape, contracted, quantizer, path)
         scale, offset = leaves[SCALE], leaves[OFFSET]
-        if contracted is not None:
-            return fake_quantize(value, scale, offset, quantizer.bitwidth)
-        grid = (1,) * (value.ndim - 1) + (-1,)
-        scale, offset = scale.reshape(grid), offset.reshape(grid)
+        if contracted is None:
+            grid = (1,) * (max(value.ndim, 1) - 1) + shape
+            fits = all(leaf.size == shape[0] for leaf in (scale, offset))
+        else:
+            grid, fits = shape, scale.shape == offset.shape == shape
+        if not fits:
+            raise ValueError(
+                f"'{path}' of shape {value.shape} needs scales and offsets of shape {shape}, but "
+                f"its encoding has {scale.shape} and {offset.shape}. Give the encodings that were "
+                "computed for this model."
+            )
         array = value.reshape(value.shape or (1,))
+        scale, offset = scale.reshape(grid), offset.reshape(grid)
         return fake_quantize(array, scale, offset, quantizer.bitwidth).reshape(value.shape)
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors of array functions say which array they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
 
 
 def _rank(call: Call) -> int:
@@ -197,7 +229,7 @@ class _InputRule(Rule):
             x, field, parts = next(iter(call.args), None), None, 2
         else:
             return proceed(call)
-        if not isinstance(x, jax.Array):
+        if not isinstance(x, _ARRAYS):
             return proceed(call)
         name = _named(call, "input")
         if recording():  # the weight, which says how the layer is stacked, comes with the call
@@ -241,20 +273,13 @@ class _WeightRule(Rule):
         return self.simulation.config.quantizer(path, _field(call, name))
 
     def transform(self, call: Call, name: str, value: Any) -> Any:
-        if not isinstance(value, jax.Array) or _is_stored(call, name):
+        if not isinstance(value, _ARRAYS) or _is_stored(call, name):
             return value
         layer, field = find_layer(call.module), _field(call, name)
         contracted = tuple(range(-value.ndim, -1))
         if layer is not None and field is not None:
             contracted = contracted_axes(layer.equation(call))
-        seen = self.simulation.seen(call, name, value, field, contracted=contracted)
-        if call.mapped and seen is not value:
-            raise ValueError(
-                f"The layer at '{call.path}' runs inside `nn.map_variables` (nn.WeightNorm and "
-                "nn.SpectralNorm do so), where parameters are not those that are stored. Leave it "
-                f"out by `QuantizerRule('{call.path}/{name}', None)`."
-            )
-        return seen
+        return self.simulation.seen(call, name, value, field, contracted=contracted)
 
     def around(self, call: Call, proceed: Proceed) -> Any:
         layer, y = find_layer(call.module), proceed(call)
@@ -280,7 +305,7 @@ def _is_stored(call: Call, name: str) -> bool:
     return as_stored(meta.unbox(call.module.scope.get_variable("params", name))) is not None
 
 
-def _with_input(call: Call, x: Array, seen: Array, name: str) -> Call:
+def _with_input(call: Call, x: Any, seen: Array, name: str) -> Call:
     """The call with another array in the place of its input."""
     if not any(arg is x for arg in (*call.args, *call.kwargs.values())):
         raise ValueError(

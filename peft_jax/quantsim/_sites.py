@@ -109,6 +109,11 @@ def scale_shape(
       ValueError: where blocks do not divide the axis.
     """
     if contracted is None:
+        if quantizer.axis not in (None, -1):
+            raise ValueError(
+                f"'{path}' flows between layers, and has its blocks along the last axis; its "
+                f"quantizer says axis={quantizer.axis}. Leave axis out."
+            )
         last = shape[-1] if shape else 1
         lengths = {"tensor": 1, "channel": last, "block": last // (quantizer.block_size or 1)}
         if quantizer.granularity == "block" and last % (quantizer.block_size or 1):
