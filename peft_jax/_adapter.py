@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 from flax.linen.dtypes import promote_dtype
@@ -195,7 +196,7 @@ class LoRAAdapter(nn.Module, Untouched):
         """The scaling as the adapter computes with it."""
         if self.simulated is None:
             return self.scaling
-        return self.seen("scaling", jnp.asarray(self.scaling, jnp.float32))
+        return self.seen("scaling", np.float32(self.scaling))
 
     @property
     def _batch_in_b(self) -> bool:

@@ -79,7 +79,7 @@ class PeftModel(SeveralAdapters):
             )
         if base is not None:
             variables = {**variables, "params": with_adapters_of(base, variables["params"])}
-        if "params" in variables:
+        if "params" in variables and not (recording() and method is not None):
             check_adapted(self.peft_config, variables["params"], self.adapter_name, at_init=True)
         return y, variables
 

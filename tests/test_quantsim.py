@@ -171,7 +171,8 @@ def test_encodings_of_a_named_adapter_are_loaded_back(tmp_path):
     _, document = quantsim.export_adapter(
         tmp_path, params, encodings, prefix="second", adapter_name="second"
     )
-    loaded = quantsim.load_encodings(document, quantsim.find_sites(sim, x))
+    sites = quantsim.find_sites(sim, x)
+    loaded = quantsim.load_encodings(document, sites, adapter_name="second")
     assert_same(dict(flattened(loaded)), select(encodings, of_adapter=True))
 
 
@@ -249,6 +250,45 @@ def test_encodings_over_eight_devices_are_those_of_one(spread):
         params = jax.tree.map(columns, params)
     batches = [rows(part) if spread != "parameters" else part for part in (x[:16], x[16:])]
     assert_same(quantsim.compute_encodings(sim, params, batches), expected)
+
+
+def test_encodings_on_a_mesh_of_explicit_axes_are_those_without():
+    sim, params, x = exact_chain(*calibrations(granularity="channel"))
+    expected = quantsim.compute_encodings(sim, params, [x])
+    mesh = jax.make_mesh((8,), ("all",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    batch = jax.device_put(x, NamedSharding(mesh, PartitionSpec("all")))
+    assert_same(quantsim.compute_encodings(sim, params, [batch]), expected)
+
+
+class Halves(nn.Module):
+    def setup(self):
+        self.one, self.two = nn.Dense(4), nn.Dense(2)
+
+    def __call__(self, x):
+        return self.two(self.one(x))
+
+    def encode(self, x):
+        return self.one(x)
+
+
+def test_a_method_is_calibrated_by_itself():
+    """What it does not reach stays as it was."""
+    config = peft.LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False)
+    model, x = peft.get_peft_model(Halves(), config), numbers(4, 8)
+    params = initialise(model, x)["params"]
+    sim = quantsim.simulate(model)
+
+    def encode(model, params, batch):
+        return model.apply({"params": params}, batch, method="encode")
+
+    half = quantsim.compute_encodings(sim, params, [x], forward_fn=encode)
+    whole = quantsim.compute_encodings(sim, params, [x])
+    assert set(half) == {"one"}
+    assert_same(half["one"], whole["one"])
+    again = quantsim.compute_encodings(sim, params, [x / 2], encodings=whole, forward_fn=encode)
+    assert_same(again["two"], whole["two"])
+    assert again["one"]["input"].scale < whole["one"]["input"].scale
 
 
 def numpy_grid(values, bitwidth=8):

@@ -364,9 +364,15 @@ def test_calibrating_nothing(call, texts, refuses):
     refuses(call, *texts)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("number", [0, 2])
-@pytest.mark.parametrize("calibration", ["min_max", "percentile", "mse", "moving_average"])
+@pytest.mark.parametrize(
+    "value", [np.nan, *(pytest.param(end, marks=pytest.mark.slow) for end in (np.inf, -np.inf))]
+)
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    "calibration",
+    ["min_max", "mse"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("percentile", "moving_average")],
+)
 def test_batches_that_are_not_finite(value, number, calibration, refuses):
     batches = [X, X, X]
     batches[number] = X.at[1, 2].set(value)
@@ -882,3 +888,84 @@ def test_encodings_of_another_model_in_a_file(tmp_path):
         quantsim.load_encodings(path, quantsim.find_sites(flow(8).sim, X))
     with pytest.raises(ValueError, match=r"base\.encodings.*'one/kernel'.*bw 8.*4"):
         quantsim.load_encodings(path, quantsim.find_sites(configured(weights=Quantizer(4)), X))
+
+
+# --- What would be silent ------------------------------------------------------------------------
+
+
+def test_integers_in_the_place_of_weights(refuses):
+    """Codes are for a runtime: the simulation computes with floats."""
+    given = flow()
+    codes = quantsim.integer_params(given.params, given.encodings)
+
+    def run():
+        return given.sim.apply({"params": codes}, X, encodings=given.encodings)
+
+    refuses(run, "one/kernel", "int8", "floats")
+    refuses(lambda: computed(params=codes), "one/", "int8", "floats")
+
+
+def test_parameters_that_an_adapter_trained_in_place(refuses):
+    """They are the base's, which is exported once."""
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["one"], modules_to_save=["two"])
+    params = peft.add_adapter(peft.split_params(flow().params)[0], lora())
+    trained = peft.get_adapter(params, config=config)
+    assert "two" in trained
+    use = functools.partial(quantsim.use_adapter, flow().params, trained, flow().metadata)
+    refuses(use, "two/kernel", "has besides")
+
+
+def test_a_scaling_beyond_its_grid(refuses):
+    """A number that is known before anything runs is never clipped in silence."""
+    sim = configured(adapter_scaling=Quantizer(16, range=(0, 1)))
+    refuses(lambda: computed(sim, encodings=flow().base), "one/lora/scaling", "is 2.0", "range")
+    inside = computed(
+        configured(adapter_scaling=Quantizer(16, range=(0, 2))), encodings=flow().base
+    )
+    assert inside["one"]["lora"]["scaling"].max == pytest.approx(2.0)
+
+
+def test_frozen_grids_of_another_scaling(refuses):
+    given = flow()
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["one"], init_lora_weights=False)
+    other = quantsim.simulate(peft.get_peft_model(Net(), config))
+    frozen = quantsim.freeze(given.encodings, parameters=False, adapters=True)
+    refuses(lambda: computed(other, encodings=frozen), "one/lora/scaling", "is 4.0")
+
+
+def test_an_adapter_in_the_place_of_the_base(tmp_path):
+    given = flow()
+    quantsim.export_base(tmp_path, given.params, given.encodings, prefix="same")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"same\.safetensors.*holds the base.*another prefix"):
+        quantsim.export_adapter(tmp_path, given.params, given.encodings, prefix="same")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_without_scalings(tmp_path):
+    given = flow()
+    path, _ = quantsim.export_adapter(tmp_path, given.params, given.encodings, prefix="one")
+    with pytest.raises(ValueError, match=r"one\.safetensors.*scalings.*metadata="):
+        quantsim.use_adapter(given.params, path, given.metadata)
+
+
+class Enclosing(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Inner(name="inner")(x)
+
+
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="output")(x)
+
+
+def test_a_submodule_with_the_name_of_a_site(refuses):
+    model = Enclosing()
+    params = model.init(key_of(0), X)["params"]
+    rules = (QuantizerRule("inner/output", Quantizer(8)),)
+    sim = quantsim.simulate(model, SimulationConfig(rules=rules))
+    refuses(lambda: quantsim.compute_encodings(sim, params, [X]), "inner/output", "submodule")
+    plain = quantsim.compute_encodings(quantsim.simulate(model), params, [X])
+    assert set(plain["inner"]["output"]) == {"input", "kernel", "output"}

@@ -206,6 +206,7 @@ def test_documents_follow_the_schema(config, tmp_path):
     check_document(one, {path: e for path, e in found.items() if e.of_adapter})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, -1])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_scales_of_a_stack_are_listed_row_after_row(axis, granularity, tmp_path):

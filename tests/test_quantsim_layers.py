@@ -379,6 +379,7 @@ def test_simulated_layer_is_integer_arithmetic(tmp_path, name, granularity, adap
     assert all((size == 1) == (granularity == "tensor") for size in sizes.values()), sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", pytest.param("conv, strides", marks=slow)])
 @pytest.mark.parametrize("granularity", ["channel", "block"])
 def test_what_flows_may_have_scales_of_channels_and_blocks(tmp_path, name, granularity):
@@ -436,6 +437,7 @@ def reachable(sim):
     return set(quantsim.find_sites(sim, X))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("relaxed_promotion")
 @pytest.mark.parametrize("param_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=slow)])
 def test_bfloat16_stays(param_dtype):
@@ -488,6 +490,7 @@ class Stored(nn.Module):
         return dense(4, "two")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["int4", pytest.param("q4_0_transpose", marks=slow)])
 @pytest.mark.parametrize("adapted", [True, pytest.param(False, marks=slow)])
 def test_stored_weights_keep_their_grid_and_the_rest_is_simulated(method, adapted):
@@ -531,6 +534,7 @@ def test_method_of_quantize_checkpoint_is_simulated_to_its_values():
     assert_close(y, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_dicts_are_taken():
     sim, params, encodings, y = quick_pair()
     frozen = flax.core.freeze(params)
@@ -593,6 +597,7 @@ class Experts(nn.Module):
         return nn.Dense(4, name="out")(jnp.einsum("bi,eio->bo", x, up))
 
 
+@pytest.mark.slow
 def test_adapters_of_parameters_are_simulated():
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=["out"], target_parameters=["up"]
@@ -678,6 +683,7 @@ def test_rules_leave_out_and_change():
     assert flat["two/lora/b"].bitwidth == 8
 
 
+@pytest.mark.slow
 def test_rules_name_further_parameters_and_outputs_of_other_modules():
     rules = (
         QuantizerRule("*/bias", Quantizer(6)),
@@ -713,6 +719,7 @@ def test_rules_name_further_parameters_and_outputs_of_other_modules():
     assert_close(y, only.apply({"params": rounded}, X, encodings=nested(kept)), 1e-5)
 
 
+@pytest.mark.slow
 def test_norms_outputs_lie_on_their_grid():
     rules = (QuantizerRule("norm/output", Quantizer(3)),)
     sim, params, encodings, _ = pair(rules)

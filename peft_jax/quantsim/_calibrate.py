@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from flax.errors import ScopeCollectionNotFound
 
 from peft_jax._quantize import quantize_layer
 from peft_jax._stacked import stack_first
@@ -25,6 +26,7 @@ from peft_jax.quantsim._observe import (
     Forward,
     Program,
     gathered,
+    gathered_on_mesh,
     range_of,
     settings_of,
     statistic_of,
@@ -95,7 +97,8 @@ def compute_encodings(
     forward = _default_forward if forward_fn is None else forward_fn
     found = iter(batches_of(batches))
     first = next(found)
-    sites, used = _surveyed(sim, params, first, forward)
+    sites, census = _surveyed(sim, params, first, forward)
+    used = census.used & set(sites)
     if not sites:
         raise ValueError(
             "There is nothing to calibrate: 0 sites are simulated in what runs. Have the "
@@ -105,6 +108,9 @@ def compute_encodings(
     frozen = {path for path in used if path in kept and kept[path].is_frozen}
     for path in sorted(frozen):
         _check_frozen(path, kept[path], sites[path])
+    for path, value in census.constants.items():
+        if path in frozen:
+            _check_covers(path, kept[path], value)
     due = {path: site for path, site in sites.items() if path in used - frozen}
     if not due:
         raise ValueError(
@@ -113,6 +119,8 @@ def compute_encodings(
             "(`quantsim.unfreeze`), enable the adapters, or choose sites by the configuration."
         )
     new = {path: encoding for path, site in due.items() if (encoding := _given(path, site, params))}
+    for path in set(new) & set(census.constants):
+        _check_covers(path, new[path], census.constants[path])
     observed = {path: site for path, site in due.items() if path not in new}
     if observed:
         acting = {**kept, **new}
@@ -132,8 +140,8 @@ def compute_encodings(
 
 def _surveyed(
     sim: SimulatedModel, params: Any, batch: Any, forward: Forward
-) -> tuple[dict[str, Site], set[str]]:
-    """All sites of the model, and the paths of those that run on this batch."""
+) -> tuple[dict[str, Site], Census]:
+    """All sites of the model, and what of them runs on this batch."""
     census, sites = Census(), dict[str, Site]()
     arrays, form = Form.of(batch)
 
@@ -149,7 +157,7 @@ def _surveyed(
             "`QuantizerRule(path, None)`."
         )
     stored = {path for path, site in sites.items() if _is_stored(path, site, params)}
-    return {path: site for path, site in sites.items() if path not in stored}, census.used - stored
+    return {path: site for path, site in sites.items() if path not in stored}, census
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +188,24 @@ class _Surveyed:
 
 def _default_forward(model: Any, params: Any, batch: Any) -> Any:
     args, kwargs = arguments(batch)
-    return model.apply({"params": params}, *args, **kwargs)
+    try:
+        return model.apply({"params": params}, *args, **kwargs)
+    except (TypeError, ScopeCollectionNotFound) as error:
+        raise ValueError(
+            f"The model does not take this batch by itself ({error}). A batch is a dict of the "
+            "model's arguments, a tuple of them, or the only one; for anything else, and for "
+            "further collections, pass forward_fn(model, params, batch)."
+        ) from error
+
+
+def _check_covers(path: str, encoding: Encoding, value: float) -> None:
+    """Refuses a grid that clips a number which is known."""
+    low, high, step = (np.asarray(x) for x in (encoding.min, encoding.max, encoding.scale))
+    if np.any(value < low - step) or np.any(value > high + step):
+        raise ValueError(
+            f"'{path}' is {value}, which lies outside its grid, from {low.ravel()[0]} to "
+            f"{high.ravel()[0]} ({encoding.quantizer!r}). Give a range that holds it."
+        )
 
 
 def _check_frozen(path: str, encoding: Encoding, site: Site) -> None:
@@ -245,7 +270,7 @@ def _groups(value: Array, scale: tuple[int, ...]) -> Array:
     """The values that each scale serves: ``(scales, values)``, in the scale's order."""
     split = [part for n, m in zip(value.shape, scale, strict=True) for part in (m, n // m)]
     order = (*range(0, 2 * value.ndim, 2), *range(1, 2 * value.ndim, 2))
-    groups = value.astype(jnp.float32).reshape(split).transpose(order)
+    groups = gathered_on_mesh(value).astype(jnp.float32).reshape(split).transpose(order)
     return groups.reshape(int(np.prod(scale)), -1)
 
 

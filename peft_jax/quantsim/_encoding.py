@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -152,6 +152,11 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         here = tree
         for parent in parents:
             here = here.setdefault(parent, {})
+            if not isinstance(here, dict):
+                raise ValueError(
+                    f"'{path}' lies beneath another path of the tree. A submodule bears the name "
+                    "of a site; leave the one or the other out by `QuantizerRule(path, None)`."
+                )
         here[name] = flat[path]
     return tree
 
@@ -230,14 +235,8 @@ def learnable_mask(encodings: Any) -> Any:
     of a fixed ``range``, or of a ``method``, whose scales follow the weight. Scales are to stay
     positive, which exports check: give ranges a learning rate that is small against them.
     """
-
-    def mask(encoding: Encoding) -> Encoding:
-        learns = encoding.is_learnt
-        return encoding.replace(scale=learns, offset=learns and not encoding.symmetric)
-
-    return map_encodings(mask, encodings)
-
-
-def map_encodings(function: Callable[[Encoding], Any], encodings: Any) -> Any:
-    """The tree with each encoding replaced by what a function makes of it."""
-    return nested({path: function(encoding) for path, encoding in flattened(encodings)})
+    masks = {}
+    for path, encoding in flattened(encodings):
+        learns = encoding.is_learnt and not path.endswith("/scaling")  # a number that stays
+        masks[path] = encoding.replace(scale=learns, offset=learns and not encoding.symmetric)
+    return nested(masks)

@@ -18,7 +18,7 @@ from peft_jax._specs import LayerSpec
 from peft_jax._stored import as_stored
 from peft_jax._trees import children, is_branch
 from peft_jax.io._replacing import replacing, replacing_both
-from peft_jax.io._safetensors import write_safetensors
+from peft_jax.io._safetensors import SafetensorsFile, write_safetensors
 from peft_jax.quantsim._encoding import Encoding, check_grid, flattened, nested
 from peft_jax.quantsim._integers import integer_params
 from peft_jax.quantsim._metadata import (
@@ -31,7 +31,7 @@ from peft_jax.quantsim._metadata import (
 from peft_jax.quantsim._quantizer import Quantizer
 from peft_jax.quantsim._sites import Site
 
-VERSION = "1.0.0"
+VERSION, PART = "1.0.0", "part"
 _LARGEST = 3.4e38  # what float32 holds
 _ENC_TYPES = {"tensor": "PER_TENSOR", "channel": "PER_CHANNEL", "block": "PER_BLOCK"}
 
@@ -77,7 +77,7 @@ def export_base(
         )
     _check_places(base, own)
     weights = integer_params(base, nested(own), specs=specs) if integers else base
-    return _written(directory, prefix, dict(tensors_of(weights)), own, {})
+    return _written(directory, prefix, dict(tensors_of(weights)), own, {PART: "base"})
 
 
 def export_adapter(
@@ -126,11 +126,11 @@ def export_adapter(
             "cannot be exported before `quantsim.compute_encodings` ran with it, enabled."
         )
     _check_places(lora, {path: e for path, e in own.items() if e.of_parameter})
-    texts = {}
+    texts = {PART: "adapter"}
     if metadata is not None:
         check_metadata("export_adapter", metadata)
         metadata.check(rename_adapter(lora, adapter_name), adapter_name)
-        texts = {ADAPTER_KEY: scalings_text(metadata.layers(adapter_name))}
+        texts[ADAPTER_KEY] = scalings_text(metadata.layers(adapter_name))
     return _written(directory, prefix, tensors, own, texts)
 
 
@@ -240,6 +240,7 @@ def _written(
         raise ValueError(f"{directory!r} is no directory. Make it first.")
     weights = Path(directory) / f"{prefix}.safetensors"
     document = Path(directory) / f"{prefix}.encodings"
+    _refuse_other_part(weights, texts[PART])
     data = {
         "version": VERSION,
         "activation_encodings": _entries(encodings, of_parameters=False),
@@ -247,10 +248,23 @@ def _written(
     }
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replacing_both(weights, document) as (new_weights, new_document):
-        write_safetensors(new_weights, tensors, texts or None)
+        write_safetensors(new_weights, tensors, texts)
         with replacing(new_document) as file:
             file.write(text.encode())
     return weights, document
+
+
+def _refuse_other_part(path: Path, part: str) -> None:
+    """An adapter does not take the base's place, nor the other way round."""
+    if not path.exists():
+        return
+    with SafetensorsFile(path) as file:
+        found = file.metadata.get(PART)
+    if found != part:
+        raise ValueError(
+            f"{str(path)!r} holds {f'the {found}' * bool(found) or 'something else'}, not the "
+            f"{part}. Choose another prefix, or remove it."
+        )
 
 
 def _entries(encodings: Mapping[str, Encoding], *, of_parameters: bool) -> list[dict[str, Any]]:

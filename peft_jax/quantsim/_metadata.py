@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from peft_jax._named import adapter_names, add_adapter, get_adapter, rename_adapter
+from peft_jax._named import adapter_names, add_adapter, rename_adapter
 from peft_jax._names import DEFAULT, check_adapter_name, named_as
 from peft_jax._specs import LoraSpec
 from peft_jax._stacked import stack_back, stack_first
@@ -278,12 +278,11 @@ def use_adapter(
         lora = _read(source, metadata, adapter_name)
     else:
         names = adapter_names(source)
-        lora = get_adapter(source, names[0]) if names else source
         if len(names) != 1:
             raise ValueError(
                 f"use_adapter takes a tree with the adapters of one name, got the names {[*names]}."
             )
-        lora = rename_adapter(lora, adapter_name)
+        lora = rename_adapter(source, adapter_name)
         metadata.check(lora, adapter_name)
     return add_adapter(params, rename_adapter(lora, DEFAULT), adapter_name, replace=True)
 
@@ -316,7 +315,10 @@ def scalings_text(layers: Mapping[str, AdapterLayer]) -> str:
 
 def _check_scalings(text: str | None, layers: Mapping[str, AdapterLayer]) -> None:
     if text is None:
-        return
+        raise ValueError(
+            "the scalings of this adapter are not known. Export it with metadata=..., or give its "
+            "tree instead of the file"
+        )
     expected = {nameless(layer.a): layer.scaling for layer in layers.values()}
     found = json.loads(text)
     if not isinstance(found, dict):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from peft_jax._einsum import is_laid_out
 from peft_jax.quantsim._encoding import Encoding
 from peft_jax.quantsim._harvest import folded
 from peft_jax.quantsim._model import SimulatedModel, encoding_leaves, with_leaves
@@ -158,7 +159,7 @@ def gathered(
             raise ValueError(
                 f"Nothing was seen at '{path}'"
                 f"{' in some layers of the stack' if np.any(total['seen']) else ''}: the batches "
-                "do not reach it. Give batches that do, or leave it out by "
+                "do not reach it, or are empty. Give batches that do, or leave it out by "
                 f"`QuantizerRule({path!r}, None)`."
             )
     return totals
@@ -166,10 +167,21 @@ def gathered(
 
 def _columns(x: Array, groups: int) -> Array:
     """The values of each group: ``(groups, values)`` in float32."""
-    x = x.astype(jnp.float32)
+    x = gathered_on_mesh(x).astype(jnp.float32)
     if groups == 1:
         return x.reshape(1, -1)
     return jnp.moveaxis(x.reshape(-1, groups, x.shape[-1] // groups), 1, 0).reshape(groups, -1)
+
+
+def gathered_on_mesh(x: Array) -> Array:
+    """The array, whole on every device where its axes are laid out explicitly on a mesh.
+
+    JAX reshapes no other; axes that it lays out by itself are reshaped where they are.
+    """
+    if not is_laid_out(x):
+        return x
+    whole = jax.sharding.NamedSharding(jax.typeof(x).sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.reshard(x, whole)
 
 
 def _check_finite(path: str, state: Any, number: int) -> None:

@@ -44,9 +44,9 @@ class Quantizer:
         flows between layers has its blocks along the last axis.
       calibration: how the range follows from the values seen. ``min_max``: all of them;
         ``percentile``: without the outermost ``100 - percentile`` percent at each end; ``mse``: the
-        least mean squared error; ``moving_average``: of the smallest and of the largest of each
-        batch, ``momentum * average + (1 - momentum) * batch`` (as the one that depends on how
-        values are split into batches).
+        least mean squared error (both to within 1/2048 of the largest magnitude);
+        ``moving_average``: of the smallest and of the largest of each batch, ``momentum * average +
+        (1 - momentum) * batch`` (the only one that depends on how values are split into batches).
       percentile: above 50, at most 100.
       momentum: between 0 and 1.
       range: a fixed range in place of a calibrated one.

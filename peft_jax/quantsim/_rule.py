@@ -46,10 +46,12 @@ class Census:
     Attributes:
       possible: paths of all arrays that a rule could speak of.
       used: paths of those that are simulated.
+      constants: of those that are known numbers, by path.
     """
 
     possible: set[str] = dataclasses.field(default_factory=set)
     used: set[str] = dataclasses.field(default_factory=set)
+    constants: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,15 @@ class Simulate:
           of_adapter: whether it belongs to an adapter.
           parts: see `SimulationConfig.quantizer`.
         """
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            return value
         path = "/".join((*call.module.scope.path, name))
         quantizer = self.config.quantizer(path, field, parts)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            if quantizer is not None and contracted is not None:
+                raise ValueError(
+                    f"'{path}' is simulated ({quantizer!r}), but holds {value.dtype}. Give the "
+                    "parameters as floats; integers are for a runtime."
+                )
+            return value
         if self.census is not None and (field is not None or quantizer is not None):
             self.census.possible.add(path)
         if quantizer is None:
@@ -124,6 +131,8 @@ class Simulate:
             return value
         if self.census is not None:
             self.census.used.add(path)
+            if isinstance(value, np.generic):
+                self.census.constants[path] = float(value)
             return value
         return self._simulated(call, name, jnp.asarray(value), path, quantizer, contracted)
 
