@@ -30,7 +30,7 @@ class LayerSpec:
     def __post_init__(self) -> None:
         parse_equation(self.equation)
         axes = self.stack_axes
-        if not isinstance(axes, tuple | list) or not all(map(_is_integer, axes)):
+        if not isinstance(axes, tuple | list) or not all(map(is_integer, axes)):
             raise ValueError(f"LayerSpec.stack_axes = {axes!r} is not a list of integers.")
         if not isinstance(self.kind, str):
             raise ValueError(f"LayerSpec.kind = {self.kind!r} is not a name.")
@@ -79,11 +79,13 @@ def contracted_axes(equation: str) -> tuple[int, ...]:
 VARIANTS = ("lora", "dora", "tokens")
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number, of Python or of another library."""
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -132,20 +134,20 @@ class LoraSpec:
     def __post_init__(self) -> None:
         axes = self.stack_axes
         allowed = {
-            "rank": _is_integer(self.rank) and self.rank >= 1,
-            "scaling": _is_number(self.scaling),
-            "alpha": self.alpha is None or _is_number(self.alpha),
+            "rank": is_integer(self.rank) and self.rank >= 1,
+            "scaling": is_number(self.scaling),
+            "alpha": self.alpha is None or is_number(self.alpha),
             **{
                 name: getattr(self, name) is None or isinstance(getattr(self, name), str)
                 for name in ("param", "outputs", "bias", "kind")
             },
             "variant": self.variant in VARIANTS,
             "tokens": isinstance(self.tokens, tuple | list)
-            and all(map(_is_integer, self.tokens))
+            and all(map(is_integer, self.tokens))
             and bool(self.tokens) == (self.variant == "tokens"),
-            "stack_axes": isinstance(axes, tuple | list) and all(map(_is_integer, axes)),
+            "stack_axes": isinstance(axes, tuple | list) and all(map(is_integer, axes)),
             "shape": self.shape is None
-            or (isinstance(self.shape, tuple | list) and all(map(_is_integer, self.shape))),
+            or (isinstance(self.shape, tuple | list) and all(map(is_integer, self.shape))),
         }
         for field, is_allowed in allowed.items():
             if not is_allowed:

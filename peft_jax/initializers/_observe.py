@@ -321,9 +321,9 @@ def default_forward(model: nn.Module) -> Forward:
             return model.apply({"params": params}, *args, **kwargs)
         except (TypeError, ScopeCollectionNotFound) as error:
             raise ValueError(
-                f"{type(model).__name__} does not take this batch by itself ({error}). A batch is "
-                "a dict of the model's arguments, a tuple of them, or the only one; for anything "
-                "else, and for further collections, pass forward_fn(model, params, batch)."
+                f"The model does not take this batch by itself ({error}). A batch is a dict of the "
+                "model's arguments, a tuple of them, or the only one; for anything else, and for "
+                "further collections, pass forward_fn(model, params, batch)."
             ) from error
 
     return forward

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from flax.errors import ScopeCollectionNotFound
 
 from peft_jax._quantize import quantize_layer
 from peft_jax._stacked import stack_first
 from peft_jax._stored import as_stored
 from peft_jax._trees import children
-from peft_jax.initializers._observe import arguments, batches_of
+from peft_jax.initializers._observe import batches_of, default_forward
 from peft_jax.quantsim._encoding import Encoding, flattened, nested
 from peft_jax.quantsim._grid import scale_and_offset
 from peft_jax.quantsim._model import SimulatedModel, find_sites
@@ -187,15 +186,7 @@ class _Surveyed:
 
 
 def _default_forward(model: Any, params: Any, batch: Any) -> Any:
-    args, kwargs = arguments(batch)
-    try:
-        return model.apply({"params": params}, *args, **kwargs)
-    except (TypeError, ScopeCollectionNotFound) as error:
-        raise ValueError(
-            f"The model does not take this batch by itself ({error}). A batch is a dict of the "
-            "model's arguments, a tuple of them, or the only one; for anything else, and for "
-            "further collections, pass forward_fn(model, params, batch)."
-        ) from error
+    return default_forward(model)(params, batch)
 
 
 def _check_covers(path: str, encoding: Encoding, value: float) -> None:

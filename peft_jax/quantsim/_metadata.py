@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import numbers
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -18,16 +16,12 @@ from flax.core import meta
 
 from peft_jax._named import adapter_names, add_adapter, rename_adapter
 from peft_jax._names import DEFAULT, check_adapter_name, named_as
-from peft_jax._specs import LoraSpec
+from peft_jax._specs import LoraSpec, is_number
 from peft_jax._stacked import stack_back, stack_first
 from peft_jax._trees import children, is_branch
 from peft_jax.io._replacing import replacing
 from peft_jax.io._safetensors import SafetensorsFile
 from peft_jax.quantsim._encoding import nested
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -67,8 +61,8 @@ class AdapterLayer:
             "a": isinstance(self.a, str) and self.a.endswith("/a"),
             "b": isinstance(self.b, str) and self.b == f"{str(self.a)[:-1]}b",
             "rank": _is_count(self.rank) and self.rank > 0,
-            "alpha": self.alpha is None or _is_number(self.alpha),
-            "scaling": _is_number(self.scaling),
+            "alpha": self.alpha is None or is_number(self.alpha),
+            "scaling": is_number(self.scaling),
             "shapes": isinstance(self.shapes, Mapping)
             and {"a", "b"} <= set(self.shapes)
             and all(map(_is_shape, self.shapes.values())),

@@ -1,30 +1,24 @@
-"""What is quantized and how, as data: quantizers, rules by path, the configuration. No jax."""
+"""What is quantized and how, as data: quantizers, rules by path, the configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
 
 from peft_jax._methods import QuantizationMethod
+from peft_jax._specs import is_number
 
 GRANULARITIES = ("tensor", "channel", "block")
 CALIBRATIONS = ("min_max", "percentile", "mse", "moving_average")
 _AFFINE_METHODS = ("int4", "int8", "q4_0", "q4_0_transpose")
-
-
 _LARGEST = 3.4e38  # what float32 holds
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +82,9 @@ class Quantizer:
             self._refuse("axis", "is counted from the end, and so below 0")
         if self.axis is not None and self.granularity != "block":
             self._refuse("axis", "goes with granularity='block', and with no other")
-        if not (_is_number(self.percentile) and 50 < self.percentile <= 100):
+        if not (is_number(self.percentile) and 50 < self.percentile <= 100):
             self._refuse("percentile", "is above 50 and at most 100")
-        if not (_is_number(self.momentum) and 0 < self.momentum < 1):
+        if not (is_number(self.momentum) and 0 < self.momentum < 1):
             self._refuse("momentum", "is between 0 and 1")
         if self.range is not None:
             self._check_range()
@@ -123,7 +117,7 @@ class Quantizer:
         if (
             not isinstance(given, tuple | list)
             or len(given) != 2
-            or not all(map(_is_number, given))
+            or not all(map(is_number, given))
             or not -_LARGEST <= given[0] <= 0 <= given[1] <= _LARGEST
             or given[0] == given[1]
         ):

@@ -1,28 +1,18 @@
 """Grids, ranges and gradients against AIMET's quantizers, and moving averages against torch's."""
 
-import importlib
-import sys
 import warnings
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft  # noqa: F401
 import pytest
 import torch
+from aimet_peer import affine, analyzers
 
 from peft_jax.quantsim._grid import fake_quantize, grid_range, scale_and_offset
 from peft_jax.quantsim._ranges import METHODS
 from peft_jax.quantsim._statistics import of_array
-
-# AIMET names torchvision's layers and data sets in its tables, and uses none here; without them it
-# is imported beside any build of torch. (It imports peft too, which has to see what is there.)
-with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sys.modules, "torchvision", mock.MagicMock())
-    affine = importlib.import_module("aimet_torch.quantization.affine")
-    analyzers = importlib.import_module("aimet_torch.quantization.encoding_analyzer")
 
 Array = np.ndarray[Any, Any]
 

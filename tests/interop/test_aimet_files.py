@@ -2,35 +2,21 @@
 
 import dataclasses
 import functools
-import importlib
 import json
-import sys
-import warnings
 from typing import Any
-from unittest import mock
 
+import aimet_peer as aimet
 import jax.numpy as jnp
 import numpy as np
+import peft as hf_peft
 import pytest
+import torch
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import peft_jax as peft
 from peft_jax import quantsim
 from peft_jax.quantsim import Quantizer, SimulationConfig
-
-torch = pytest.importorskip("torch")
-hf_peft = pytest.importorskip("peft")  # which AIMET imports too: it has to see what is there
-
-# AIMET names torchvision's layers and data sets in its tables, and uses none here; without them it
-# is imported beside any build of torch.
-with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    patch.setitem(sys.modules, "torchvision", mock.MagicMock())
-    affine = pytest.importorskip("aimet_torch.quantization.affine")
-    aimet_peft = importlib.import_module("aimet_torch.peft")
-    aimet_quantsim = importlib.import_module("aimet_torch.quantsim")
-    aimet_defs = importlib.import_module("aimet_torch.common.defs")
 
 # What AIMET and torch call within their own exports is deprecated by themselves.
 pytestmark = [
@@ -87,7 +73,7 @@ def test_entries_of_weights(bitwidth, symmetric, signed, granularity, tmp_path):
         params = {"kernel": jnp.asarray(weight), "bias": jnp.zeros(SHAPE[1])}
         encodings = quantsim.compute_encodings(sim, params, [jnp.ones((1, SHAPE[0]))])
         entries = our_entries(quantsim.export_base(tmp_path, params, encodings)[1])
-        theirs = affine.QuantizeDequantize(shape, bitwidth, symmetric, block_size=block_size)
+        theirs = aimet.affine.QuantizeDequantize(shape, bitwidth, symmetric, block_size=block_size)
         theirs.signed = signed
         assert entries == {"kernel": their_entry(weight, theirs)}
 
@@ -102,7 +88,7 @@ def test_entries_of_inputs(symmetric, granularity, tmp_path):
     batches = [jnp.asarray(WEIGHT[:3]), jnp.asarray(WEIGHT[3:])]
     encodings = quantsim.compute_encodings(sim, params, batches)
     entries = our_entries(quantsim.export_base(tmp_path, params, encodings)[1])
-    theirs = affine.QuantizeDequantize(SHARING[granularity][0], 8, symmetric)
+    theirs = aimet.affine.QuantizeDequantize(SHARING[granularity][0], 8, symmetric)
     assert entries == {"input": their_entry(WEIGHT, theirs)}
 
 
@@ -167,16 +153,16 @@ def both(tmp_path_factory):
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("aimet")
     model = hf_peft.get_peft_model(TorchNet(), hf_peft.LoraConfig(**SETTINGS)).eval()
-    aimet_peft.replace_lora_layers_with_quantizable_layers(model)
-    metadata = aimet_peft.track_lora_meta_data(model, str(directory), "meta")
+    aimet.lora.replace_lora_layers_with_quantizable_layers(model)
+    metadata = aimet.lora.track_lora_meta_data(model, str(directory), "meta")
     tensors = dict(model.named_parameters())
     flat = {
         path: np.ascontiguousarray(tensors[f"base_model.model.{name}"].detach().numpy().T)
         for path, name in NAMES.items()
     }
     x = torch.tensor(IN_ALL)
-    scheme = aimet_defs.QuantScheme.min_max
-    theirs = aimet_quantsim.QuantizationSimModel(model, x, quant_scheme=scheme)
+    scheme = aimet.defs.QuantScheme.min_max
+    theirs = aimet.quantsim.QuantizationSimModel(model, x, quant_scheme=scheme)
     theirs.compute_encodings(lambda model, _: model(x), None)
     theirs.export(str(directory), "model", dummy_input=x)
     assert set(metadata) == {"default"}
@@ -228,7 +214,7 @@ def test_the_encoding_of_the_scaling(both):
 
 def their_grid(values: Any) -> Any:
     """AIMET's encoding for these values, as a layer's output has it."""
-    quantizer = affine.QuantizeDequantize((), 8, False)
+    quantizer = aimet.affine.QuantizeDequantize((), 8, False)
     with quantizer.compute_encodings():
         quantizer(values)
     return quantizer.get_encodings()
