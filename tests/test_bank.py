@@ -645,6 +645,7 @@ def adam():
     return optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_a_sweep_trains_as_each_of_its_adapters_alone():
     given, x, y = sweep()

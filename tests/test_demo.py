@@ -39,6 +39,7 @@ def test_demo_prints_tables_and_writes_its_files(tmp_path, capsys):
     assert adapter["block_0/attention/query/lora/b"].shape == (2, 3, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_check_of_fusing_fails_when_the_fused_model_answers_differently(monkeypatch):
     model, (digits, _) = SMALL(heads=3), demo.load_digits(0)

@@ -775,7 +775,7 @@ def test_disabled_adapters_leave_the_quantized_base():
     assert not np.allclose(sim.apply({"params": params}, x, encodings=encodings), expected)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("frozen", [True, pytest.param(False, marks=slow)])
 def test_another_configuration_needs_other_encodings(frozen):
     model, _, params, x, encodings = calibrated_chain()
     encodings = quantsim.freeze(encodings) if frozen else encodings

@@ -294,7 +294,7 @@ def test_weights_are_read_by_the_safetensors_library(tmp_path):
         assert json.loads(file.metadata()["adapter"]) == {"one/lora/a": 2.0}
 
 
-FIRST = {("int4", 0), ("q4_0_transpose", 1)}
+FIRST = {("q4_0_transpose", 1)}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,9 @@ def test_integers_are_those_of_quantize_checkpoint(method, axis, tmp_path):
     assert np.max(np.abs(plain - simulated)) > 1e-3 * np.max(np.abs(plain))
 
 
-@pytest.mark.parametrize("bitwidth", [2, 4, 8, 9, 16])
+@pytest.mark.parametrize(
+    "bitwidth", [2, 9, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (4, 8, 16))]
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("blocks", [{}, {"block_size": 2}])
 def test_integers_of_other_quantizers_are_codes(bitwidth, symmetric, blocks, tmp_path):

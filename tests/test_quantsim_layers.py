@@ -354,9 +354,7 @@ def checked(directory, case, adapter, config, tolerance=1e-5):
 FAST = {
     ("dense", "channel", "dora"),
     ("einsum, a matrix for each place", "block", "lora"),
-    ("general, several features", "channel", "bias"),
-    ("conv, groups", "channel", "lora"),
-    ("attend", "tensor", "dora"),
+    ("conv, groups", "tensor", "bias"),
 }
 CELLS = [
     pytest.param(*cell, marks=() if cell in FAST else slow)
@@ -519,6 +517,7 @@ def test_stored_weights_keep_their_grid_and_the_rest_is_simulated(method, adapte
     assert_close(y, twin.apply({"params": params}, X, encodings=found), 1e-5)
 
 
+@pytest.mark.slow
 def test_method_of_quantize_checkpoint_is_simulated_to_its_values():
     weights = Quantizer(method="q4_0_transpose")
     sim = quantsim.simulate(Pair(), SimulationConfig(weights=weights, inputs=None, outputs=None))
@@ -616,6 +615,7 @@ def test_adapters_of_parameters_are_simulated():
     assert 1e-4 < off < 0.1
 
 
+@pytest.mark.slow
 def test_two_named_adapters_on_a_layer(tmp_path):
     case = CASES["dense"]
     model = peft.LoRADense(
