@@ -969,3 +969,24 @@ def test_a_submodule_with_the_name_of_a_site(refuses):
     refuses(lambda: quantsim.compute_encodings(sim, params, [X]), "inner/output", "submodule")
     plain = quantsim.compute_encodings(quantsim.simulate(model), params, [X])
     assert set(plain["inner"]["output"]) == {"input", "kernel", "output"}
+
+
+def test_an_export_beside_the_grid(tmp_path, refuses):
+    """Somebody forgot to compute encodings for the adapter that came."""
+    given = flow()
+    larger = jax.tree.map(lambda leaf: 50 * leaf, lora())
+    params = quantsim.use_adapter(given.params, larger, given.metadata)
+
+    def export():
+        quantsim.export_adapter(tmp_path, params, given.encodings, prefix="other")
+
+    refuses(export, "one/lora/a", "its grid ends at", "compute_encodings")
+
+
+def test_an_adapter_without_a_width():
+    """`b` starts as zeros."""
+    given = flow()
+    zeros = jax.tree.map(jnp.zeros_like, lora())
+    params = quantsim.use_adapter(given.params, zeros, given.metadata)
+    with pytest.warns(UserWarning, match="all zeros.*fixed range"):
+        computed(params=params, encodings=given.base)

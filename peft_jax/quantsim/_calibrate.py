@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -238,6 +239,12 @@ def _given(path: str, site: Site, params: Any) -> Encoding | None:
         raise ValueError(f"'{path}' holds NaN or infinity, and has no range. Mend it first.")
     if quantizer.method is not None:
         return _of_method(path, value, site)
+    if site.spec.of_adapter and not bool(jnp.any(value)):
+        warnings.warn(
+            f"'{path}' is all zeros, so that its grid has no width, and training through it would "
+            "not move. Compute encodings when the adapter is trained, or give a fixed range.",
+            stacklevel=3,
+        )
     low, high = _range_of_values(quantizer, _groups(value, site.shape))
     scale, offset = scale_and_offset(low, high, quantizer.bitwidth, quantizer.symmetric)
     leaves = (jnp.asarray(leaf).reshape(site.shape) for leaf in (scale, offset))

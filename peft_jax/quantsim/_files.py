@@ -199,11 +199,13 @@ def tensors_of(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, np.
 
 
 def _check_places(tree: Any, encodings: Mapping[str, Encoding]) -> None:
-    """Refuses encodings of parameters that are not there."""
-    shapes = {path: array.shape for path, array in tensors_of(tree)}
+    """Refuses encodings of parameters that are not there, or that have long left their grid."""
+    arrays = dict(tensors_of(tree))
+    shapes = {path: array.shape for path, array in arrays.items()}
     for path, encoding in encodings.items():
         if not encoding.of_parameter:
             continue
+        check_grid(path, encoding)
         scale = tuple(np.shape(encoding.scale))
         shape = shapes.get(path)
         if (
@@ -216,6 +218,21 @@ def _check_places(tree: Any, encodings: Mapping[str, Encoding]) -> None:
                 f"{'nothing there' if shape is None else f'shape {shape}'}. Export the parameters "
                 "that the encodings were computed with."
             )
+        _check_reach(path, arrays[path], encoding)
+
+
+def _check_reach(path: str, array: np.ndarray, encoding: Encoding) -> None:
+    """Refuses weights that reach twice as far as a grid that was made to hold them all."""
+    quantizer = encoding.quantizer
+    if not quantizer.is_calibrated or quantizer.calibration != "min_max" or not array.size:
+        return
+    reach = float(np.max(np.abs(array.astype(np.float32))))
+    end = float(np.max(np.abs(np.asarray([encoding.min, encoding.max]))))
+    if reach > 2 * end:
+        raise ValueError(
+            f"'{path}' reaches {reach:.4g}, but its grid ends at {end:.4g}: it was computed for "
+            "other weights. Compute encodings anew, by `quantsim.compute_encodings`."
+        )
 
 
 def _is_of(path: str, adapter_name: str) -> bool:
