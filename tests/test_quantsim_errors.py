@@ -990,3 +990,22 @@ def test_an_adapter_without_a_width():
     params = quantsim.use_adapter(given.params, zeros, given.metadata)
     with pytest.warns(UserWarning, match="all zeros.*fixed range"):
         computed(params=params, encodings=given.base)
+
+
+# --- Trees and bars ------------------------------------------------------------------------------
+
+
+def test_trees_are_merged_where_they_share_no_path(refuses):
+    """The base's and an adapter's, from files of their own."""
+    given = flow()
+    adapter = {"one": {"lora": given.encodings["one"]["lora"]}}
+    chex.assert_trees_all_equal(quantsim.merge_encodings(given.base, adapter), given.encodings)
+    refuses(lambda: quantsim.merge_encodings(given.base, given.encodings), "one/input")
+
+
+def test_a_bar_counts_the_batches(capsys):
+    """And none is shown unless it is asked for."""
+    computed(batches=[X, X, X])
+    assert capsys.readouterr().err == ""
+    computed(batches=[X, X, X], progress=True)
+    assert "calibrating: 3 batches" in capsys.readouterr().err

@@ -28,11 +28,10 @@ from peft_jax.quantsim._metadata import (
     nameless,
     scalings_text,
 )
-from peft_jax.quantsim._quantizer import Quantizer
+from peft_jax.quantsim._quantizer import LARGEST, Quantizer
 from peft_jax.quantsim._sites import Site
 
 VERSION, PART = "1.0.0", "part"
-_LARGEST = 3.4e38  # what float32 holds
 _ENC_TYPES = {"tensor": "PER_TENSOR", "channel": "PER_CHANNEL", "block": "PER_BLOCK"}
 
 
@@ -342,7 +341,7 @@ def _read(name: str, entry: Mapping[str, Any], site: Site, of_parameter: bool) -
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(f"{name!r} has not the {count} numbers of {field!r} that it needs")
         kinds = (int, float) if field == "scale" else (int,)
-        if not all(type(value) in kinds and abs(value) < _LARGEST for value in values):
+        if not all(type(value) in kinds and abs(value) < LARGEST for value in values):
             raise ValueError(f"{name!r} has in {field!r} what is no number of the kind")
         leaves.append(jnp.asarray(np.asarray(values, np.float32).reshape(site.shape)))
     spec = site.spec

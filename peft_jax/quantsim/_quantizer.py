@@ -14,7 +14,7 @@ from peft_jax._specs import is_number
 GRANULARITIES = ("tensor", "channel", "block")
 CALIBRATIONS = ("min_max", "percentile", "mse", "moving_average")
 _AFFINE_METHODS = ("int4", "int8", "q4_0", "q4_0_transpose")
-_LARGEST = 3.4e38  # what float32 holds
+LARGEST = 3.4e38  # what float32 holds
 
 
 def _is_integer(value: Any) -> bool:
@@ -118,7 +118,7 @@ class Quantizer:
             not isinstance(given, tuple | list)
             or len(given) != 2
             or not all(map(is_number, given))
-            or not -_LARGEST <= given[0] <= 0 <= given[1] <= _LARGEST
+            or not -LARGEST <= given[0] <= 0 <= given[1] <= LARGEST
             or given[0] == given[1]
         ):
             self._refuse("range", "is (min, max) in float32, with zero between, as on every grid")
