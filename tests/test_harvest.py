@@ -1,4 +1,5 @@
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,13 +12,18 @@ from flax import linen as nn
 from jax.extend.core.primitives import call_p, closed_call_p
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peft_jax.quantsim._harvest import folded, note, noted_sites
+from peft_jax.quantsim._harvest import folded, note
 
 LAYERS, ROWS, FEATURES, BINS = 4, 8, 6, 64
 SITE = "layers/in"
 X = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (ROWS, FEATURES)), jnp.float32)
 
 # --- What is folded, and what is recorded --------------------------------------------------------
+
+
+def noted_sites(function, *args):
+    """The sites in the text of a function's program."""
+    return set(re.findall(r"site=([\w/]+)", str(jax.make_jaxpr(function)(*args))))
 
 
 def statistics():

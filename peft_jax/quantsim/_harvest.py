@@ -144,11 +144,6 @@ def folded(function: Callable[..., Any], fold: Fold) -> Callable[..., tuple[Any,
     return run
 
 
-def noted_sites(function: Callable[..., Any], *args: Any) -> set[str]:
-    """The sites that a function notes, given trees of arrays or of `jax.ShapeDtypeStruct`."""
-    return _sites_in(jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr)
-
-
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], state: State, fold: Fold) -> Ran:
     """A program's results, and the state after it."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
