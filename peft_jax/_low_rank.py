@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from peft_jax._einsum import (
     broadcasts,
@@ -20,6 +18,7 @@ from peft_jax._einsum import (
     widest,
     without_ellipsis,
 )
+from peft_jax._jax_internals import ShapedArray, define_bilinear, new_primitive
 
 Array = jax.Array
 Precision = Any  # whatever `jax.lax.dot_general` takes
@@ -206,11 +205,11 @@ def _neighbours(equation: str) -> tuple[str, str] | None:
 
 
 def _contract_type(
-    lhs: jax.core.ShapedArray, rhs: jax.core.ShapedArray, *, equation: str, precision: Precision
-) -> jax.core.ShapedArray:
+    lhs: ShapedArray, rhs: ShapedArray, *, equation: str, precision: Precision
+) -> ShapedArray:
     size = sizes(equation, lhs.shape, rhs.shape)
     _, _, out = split_terms(equation)
-    return jax.core.ShapedArray(tuple(size[letter] for letter in out), lhs.dtype)
+    return ShapedArray(tuple(size[letter] for letter in out), lhs.dtype)
 
 
 def _transpose_lhs(
@@ -244,15 +243,15 @@ def _batch(
     return _contract_p.bind(*operands, equation=equation, precision=precision), 0
 
 
-_contract_p = Primitive("low_rank_contraction")
-_contract_p.def_impl(_contract)
-_contract_p.def_abstract_eval(_contract_type)
-ad.defbilinear(_contract_p, _transpose_lhs, _transpose_rhs)
-batching.primitive_batchers[_contract_p] = _batch
-mlir.register_lowering(_contract_p, mlir.lower_fun(_contract, multiple_results=False))
-mlir.register_lowering(
-    _contract_p, mlir.lower_fun(_contract_on_cpu, multiple_results=False), platform="cpu"
+_contract_p = new_primitive(
+    "low_rank_contraction",
+    _contract,
+    output_type=_contract_type,
+    batch=_batch,
+    lowered=_contract,
+    on_cpu=_contract_on_cpu,
 )
+define_bilinear(_contract_p, _transpose_lhs, _transpose_rhs)
 
 
 # --- The weight delta ----------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from peft_jax._einsum import (
     broadcasts,
@@ -23,6 +21,13 @@ from peft_jax._einsum import (
     is_laid_out,
     split_terms,
     without_ellipsis,
+)
+from peft_jax._jax_internals import (
+    ShapedArray,
+    define_derivative,
+    is_unknown,
+    is_zero,
+    new_primitive,
 )
 from peft_jax._products import Einsum, Product, Vmapped
 from peft_jax._quantize import check_scale, scaled
@@ -49,12 +54,12 @@ def _evaluate(
 
 
 @functools.lru_cache(maxsize=4096)
-def _output_type(*types: Type, **params: Any) -> jax.core.ShapedArray:
+def _output_type(*types: Type, **params: Any) -> ShapedArray:
     out = jax.eval_shape(functools.partial(_evaluate, **params, on_cpu=False), *types)
-    return jax.core.ShapedArray(out.shape, out.dtype)
+    return ShapedArray(out.shape, out.dtype)
 
 
-def _abstract(*operands: Any, **params: Any) -> jax.core.ShapedArray:
+def _abstract(*operands: Any, **params: Any) -> ShapedArray:
     return _output_type(*(Type(operand.shape, operand.dtype) for operand in operands), **params)
 
 
@@ -73,7 +78,7 @@ def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: A
     terms = [
         _product_p.bind(a, array, b, **params)
         for a, b, tangent in ((dx, scale, dx), (x, dscale, dscale))
-        if not isinstance(tangent, ad.Zero)
+        if not is_zero(tangent)
     ]
     return _product_p.bind(x, array, scale, **params), functools.reduce(jnp.add, terms)
 
@@ -81,9 +86,9 @@ def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...], **params: A
 def _transpose(
     cotangent: Any, x: Any, array: Any, scale: Any, *, product: Product, **params: Any
 ) -> Any:
-    if isinstance(cotangent, ad.Zero):
+    if is_zero(cotangent):
         return None, None, None
-    if ad.is_undefined_primal(x):
+    if is_unknown(x):
         transposed = product.transposed(Type(x.aval.shape, x.aval.dtype))
         params = {**params, "backward": True}
         return _product_p.bind(cotangent, array, scale, product=transposed, **params), None, None
@@ -119,20 +124,15 @@ def _batch(operands: Any, axes: Any, *, product: Product, **params: Any) -> tupl
     return _product_p.bind(*moved, product=Vmapped(product, mapped), **params), 0
 
 
-_product_p = Primitive("quantized_product")
-_product_p.def_impl(_run)
-_product_p.def_abstract_eval(_abstract)
-ad.primitive_jvps[_product_p] = _derivative
-ad.primitive_transposes[_product_p] = _transpose
-batching.primitive_batchers[_product_p] = _batch
-mlir.register_lowering(
-    _product_p, mlir.lower_fun(functools.partial(_evaluate, on_cpu=False), multiple_results=False)
+_product_p = new_primitive(
+    "quantized_product",
+    _run,
+    output_type=_abstract,
+    batch=_batch,
+    lowered=functools.partial(_evaluate, on_cpu=False),
+    on_cpu=functools.partial(_evaluate, on_cpu=True),
 )
-mlir.register_lowering(
-    _product_p,
-    mlir.lower_fun(functools.partial(_evaluate, on_cpu=True), multiple_results=False),
-    platform="cpu",
-)
+define_derivative(_product_p, _derivative, _transpose)
 
 
 # --- For layers ----------------------------------------------------------------------------------

@@ -75,12 +75,14 @@ FLOORS = (
     ("_stored",),
     ("_methods",),
     ("_names",),
+    ("_jax_internals",),
     ("_specs",),
     ("_equation",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ARRAYS_ONLY = {
     "_einsum",
+    "_jax_internals",
     "_low_rank",
     "_magnitude",
     "_methods",

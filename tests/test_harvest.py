@@ -260,8 +260,13 @@ def parameters(layers):
 stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 
 
+def scanned(see, layer, **lift):
+    """A stack of layers. Flax 0.12.12 takes a callback in a scan for a variable that varies."""
+    return nn.scan(layer, check_constancy_invariants=see is noting, **lift)(see)
+
+
 def flax_scan(see, x):
-    return nn.scan(Layer, length=LAYERS, **stacked)(see).apply(parameters(slice(None)), x)
+    return scanned(see, Layer, length=LAYERS, **stacked).apply(parameters(slice(None)), x)
 
 
 def flax_remat(see, x):
@@ -269,13 +274,13 @@ def flax_remat(see, x):
 
 
 def flax_scan_of_remat(see, x):
-    layers = nn.scan(nn.remat(Layer), length=LAYERS, **stacked)
-    return layers(see).apply(parameters(slice(None)), x)
+    layers = scanned(see, nn.remat(Layer), length=LAYERS, **stacked)
+    return layers.apply(parameters(slice(None)), x)
 
 
 def flax_scan_over_time(see, x):
     shared = {"variable_broadcast": "params", "split_rngs": {"params": False}}
-    return nn.scan(Layer, **shared)(see).apply(parameters(3), x[0], x)
+    return scanned(see, Layer, **shared).apply(parameters(3), x[0], x)
 
 
 def flax_vmap(see, x):

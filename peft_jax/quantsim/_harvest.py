@@ -13,27 +13,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import (
-    ClosedJaxpr,
-    Jaxpr,
-    JaxprEqn,
-    Literal,
+
+from peft_jax._jax_internals import (
+    CALLED,
+    Equation,
     Primitive,
-    jaxpr_as_fun,
-    jaxprs_in_params,
-)
-from jax.extend.core.primitives import (
-    call_p,
-    closed_call_p,
+    Program,
+    branches_of,
     cond_p,
-    custom_jvp_call_p,
-    custom_vjp_call_p,
-    jit_p,
-    remat_p,
+    consts_of,
+    define_derivative,
+    is_recomputed,
+    new_primitive,
+    programs_in,
+    read,
+    run_equation,
+    run_program,
     scan_p,
+    scan_split,
     while_p,
+    while_split,
 )
-from jax.interpreters import ad, batching, mlir
 
 Array = jax.Array
 State = dict[str, Any]  # for each site, a tree of arrays
@@ -67,13 +67,6 @@ def note(x: Array, index: Any, site: str) -> Array:
     return _note_p.bind(jnp.asarray(x), index.astype(jnp.int32), site=site, lead=0)
 
 
-# Parameters: the site, and `lead`, how many leading axes of x the index has (and no others).
-_note_p = Primitive("note")
-_note_p.def_impl(lambda x, index, *, site, lead: x)
-_note_p.def_abstract_eval(lambda x, index, *, site, lead: x)
-mlir.register_lowering(_note_p, lambda context, x, index, *, site, lead: [x])
-
-
 def _differentiate(
     primals: tuple[Array, Array], tangents: tuple[Any, Any], **params: Any
 ) -> tuple[Array, Any]:
@@ -99,9 +92,13 @@ def _transpose(cotangent: Any, x: Any, index: Array, *, site: str, lead: int) ->
     return cotangent, None
 
 
-ad.primitive_jvps[_note_p] = _differentiate
-ad.primitive_transposes[_note_p] = _transpose
-batching.primitive_batchers[_note_p] = _batch
+def _same(x: Any, index: Any, *, site: str, lead: int) -> Any:
+    return x
+
+
+# Parameters: the site, and `lead`, how many leading axes of x the index has (and no others).
+_note_p = new_primitive("note", _same, output_type=_same, batch=_batch, lowered=_same)
+define_derivative(_note_p, _differentiate, _transpose)
 
 
 # --- Folding -------------------------------------------------------------------------------------
@@ -136,61 +133,47 @@ def folded(function: Callable[..., Any], fold: Fold) -> Callable[..., tuple[Any,
 
     def run(state: Mapping[str, Any], *args: Any) -> tuple[Any, State]:
         # A new function each time: JAX would hold on to what an equal one did in another context.
-        closed, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+        program, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
         start = {site: jax.tree.map(jnp.asarray, tree) for site, tree in state.items()}
-        results, end = _run(closed.jaxpr, closed.consts, jax.tree.leaves(args), start, fold)
+        results, end = _run(program, jax.tree.leaves(args), start, fold)
         return jax.tree.unflatten(jax.tree.structure(shapes), results), end
 
     return run
 
 
-def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], state: State, fold: Fold) -> Ran:
+def _run(program: Program, args: Sequence[Any], state: State, fold: Fold) -> Ran:
     """A program's results, and the state after it."""
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else known[atom]
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
+    variables = [*program.constvars, *program.invars]
+    known = dict(zip(variables, [*consts_of(program), *args], strict=True))
+    for equation in program.eqns:
+        operands = [read(atom, known) for atom in equation.invars]
         inside = {site: state[site] for site in sorted(_sites(equation)) if site in state}
         if inside:
             rule = _RULES.get(equation.primitive, _refuse)
             results, inside = rule(equation, operands, inside, fold)
             state = {**state, **inside}
         else:
-            results = _as_traced(equation, operands)
+            results = run_equation(equation, operands)
         known.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars], state
+    return [read(atom, known) for atom in program.outvars], state
 
 
-def _run_closed(closed: ClosedJaxpr, args: Sequence[Any], state: State, fold: Fold) -> Ran:
-    return _run(closed.jaxpr, closed.consts, args, state, fold)
-
-
-def _as_traced(equation: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    primitive = equation.primitive
-    with equation.ctx.manager:
-        results = primitive.bind(*operands, **primitive.get_bind_params(equation.params))
-    return list(results) if primitive.multiple_results else [results]
-
-
-def _sites(equation: JaxprEqn) -> set[str]:
+def _sites(equation: Equation) -> set[str]:
     if equation.primitive is _note_p:
         return {equation.params["site"]}
-    if equation.primitive is remat_p and equation.params["differentiated"]:
-        return set()  # computed again for a backward pass: the forward pass was seen
-    return set().union(*map(_sites_in, jaxprs_in_params(equation.params)))
+    if is_recomputed(equation):
+        return set()  # the forward pass was seen
+    return set().union(*map(_sites_in, programs_in(equation)))
 
 
-def _sites_in(jaxpr: Jaxpr) -> set[str]:
-    return set().union(*map(_sites, jaxpr.eqns))
+def _sites_in(program: Program) -> set[str]:
+    return set().union(*map(_sites, program.eqns))
 
 
 # --- What becomes of an equation that holds notes ------------------------------------------------
 
 
-def _fold_note(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
+def _fold_note(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
     (x, index), site = operands, equation.params["site"]
     step = functools.partial(_step, fold, site)
     for _ in range(equation.params["lead"]):
@@ -220,29 +203,23 @@ def _form(state: Any) -> tuple[list[str], Any]:
     return [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves], structure
 
 
-def _inline(
-    name: str, equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold
-) -> Ran:
-    """A call of the program in the parameter `name`: the result is that of running it here.
+def _inline(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
+    """A call of a program: the result is that of running it here.
 
     What a call says of its compilation (layouts, donated buffers, what to compute again) is left.
     """
-    program = equation.params[name]
-    if isinstance(program, Jaxpr):
-        return _run(program, (), operands, state, fold)
-    return _run_closed(program, operands, state, fold)
+    return _run(equation.params[CALLED[equation.primitive]], operands, state, fold)
 
 
-def _scan(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
+def _scan(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
     params = equation.params
-    first, end = params["num_consts"], params["num_consts"] + params["num_carry"]
+    first, carried = scan_split(equation)
+    end = first + carried
 
     def body(carry: tuple[Any, State], row: Sequence[Any]) -> tuple[tuple[Any, State], Any]:
         values, state = carry
-        results, state = _run_closed(
-            params["jaxpr"], [*operands[:first], *values, *row], state, fold
-        )
-        return (results[: end - first], state), results[end - first :]
+        results, state = _run(params["jaxpr"], [*operands[:first], *values, *row], state, fold)
+        return (results[:carried], state), results[carried:]
 
     (carry, state), stacked = jax.lax.scan(
         body,
@@ -255,37 +232,37 @@ def _scan(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold)
     return [*carry, *stacked], state
 
 
-def _while(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
+def _while(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
     params = equation.params
     condition = params["cond_jaxpr"]
-    if refused := _sites_in(condition.jaxpr) & state.keys():
+    if refused := _sites_in(condition) & state.keys():
         raise ValueError(
             f"The condition of a while loop notes {sorted(refused)}, and a condition has no "
             "state to give back. Compute it in the body, or leave these layers out of the "
             "simulation: give them a rule with no quantizer."
         )
-    first, end = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    first, of_body = while_split(equation)
+    end = first + of_body
 
     def goes_on(carry: tuple[Any, State]) -> Any:
-        return jaxpr_as_fun(condition)(*operands[:first], *carry[0])[0]
+        return run_program(condition, [*operands[:first], *carry[0]])[0]
 
     def body(carry: tuple[Any, State]) -> Ran:
         values, state = carry
-        return _run_closed(params["body_jaxpr"], [*operands[first:end], *values], state, fold)
+        return _run(params["body_jaxpr"], [*operands[first:end], *values], state, fold)
 
     return jax.lax.while_loop(goes_on, body, (list(operands[end:]), state))
 
 
-def _branches(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
-    def branch(closed: ClosedJaxpr) -> Callable[[State, Sequence[Any]], Ran]:
-        return lambda state, args: _run_closed(closed, args, state, fold)
+def _branches(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
+    def branch(program: Program) -> Callable[[State, Sequence[Any]], Ran]:
+        return lambda state, args: _run(program, args, state, fold)
 
-    branches = [branch(closed) for closed in equation.params["branches"]]
+    programs, platforms = branches_of(equation)
+    branches = [branch(program) for program in programs]
     index, *args = operands
-    platforms = equation.params.get("branches_platforms")
     if platforms is None:
         return jax.lax.switch(index, branches, state, args)
-    # From `jax.lax.platform_dependent`: the platforms of each branch, None for the default.
     named = {
         name: branch
         for names, branch in zip(platforms, branches, strict=True)
@@ -294,22 +271,17 @@ def _branches(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: F
     return jax.lax.platform_dependent(state, args, **named)
 
 
-def _refuse(equation: JaxprEqn, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
+def _refuse(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
     raise ValueError(
         f"{equation.primitive.name} holds notes of {sorted(state)}, and values inside of it cannot "
         "be followed. Leave these layers out of the simulation: give them a rule with no quantizer."
     )
 
 
-_Rule = Callable[[JaxprEqn, Sequence[Any], State, Fold], Ran]
+_Rule = Callable[[Equation, Sequence[Any], State, Fold], Ran]
 _RULES: Mapping[Primitive, _Rule] = {
+    **dict.fromkeys(CALLED, _inline),
     _note_p: _fold_note,
-    jit_p: functools.partial(_inline, "jaxpr"),
-    remat_p: functools.partial(_inline, "jaxpr"),
-    call_p: functools.partial(_inline, "call_jaxpr"),
-    closed_call_p: functools.partial(_inline, "call_jaxpr"),
-    custom_jvp_call_p: functools.partial(_inline, "call_jaxpr"),
-    custom_vjp_call_p: functools.partial(_inline, "call_jaxpr"),
     scan_p: _scan,
     while_p: _while,
     cond_p: _branches,
