@@ -17,6 +17,7 @@ from flax.core import meta
 from tqdm import tqdm
 
 from peft_jax._equation import parse_equation
+from peft_jax._jax_internals import is_traced
 from peft_jax._methods import METHODS, QuantizationMethod
 from peft_jax._names import is_adapter
 from peft_jax._placement import named_sharding, sharded_like, spread_axes, without_explicit_axes
@@ -329,7 +330,7 @@ class _Spender:
     def __call__(self, value: Any) -> None:
         for leaf in jax.tree.leaves(value):
             self._left[id(leaf)] -= 1
-            concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+            concrete = isinstance(leaf, jax.Array) and not is_traced(leaf)
             if self._donate and concrete and not self._left[id(leaf)]:
                 leaf.delete()
 
@@ -373,7 +374,7 @@ def _restore(stored: StoredValues, scale: Any, dtype: Any) -> Array:
     sharding = named_sharding(array)
     at = None if sharding is None else sharded_like(sharding, stored.shape)
     weight = back(_decoder(jnp.dtype(dtype), at)(StoredValues(stored.layout, array), scale))
-    return weight if isinstance(weight, jax.core.Tracer) else weight.block_until_ready()
+    return weight if is_traced(weight) else weight.block_until_ready()
 
 
 @functools.lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ from typing import Any
 from flax import linen as nn
 from flax.core import meta
 
+from peft_jax._flax_internals import method_hook
 from peft_jax._host import made
 from peft_jax._reading import by_order, reading_through, weight_beneath
 from peft_jax._registry import Call, find_layer, layer_type
@@ -83,7 +84,7 @@ class Interceptor(abc.ABC):
                 f"An interceptor's rule must be hashable, since jax.jit keys its caches by it; "
                 f"{self!r} is not. Make the rule a function or a frozen dataclass."
             ) from error
-        open_entry(self, nn.intercept_methods(_hook))
+        open_entry(self, method_hook(_hook))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -159,7 +160,7 @@ def call_wrapped(
     local = Local(module.scope.path, layer_type(module), rules, state.frame)
     with (
         using(dataclasses.replace(state, local=(*state.local, local))),
-        nn.intercept_methods(_hook),
+        method_hook(_hook),
     ):
         return getattr(module, method)(*args, **kwargs)
 

@@ -7,7 +7,7 @@ when it no longer holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -45,8 +45,10 @@ __all__ = [
     "define_bilinear",
     "define_derivative",
     "is_recomputed",
+    "is_traced",
     "is_unknown",
     "is_zero",
+    "jit_context",
     "new_primitive",
     "programs_in",
     "read",
@@ -54,12 +56,46 @@ __all__ = [
     "run_program",
     "scan_p",
     "scan_split",
+    "set_jit_context",
+    "takes_a_slice",
     "while_p",
     "while_split",
 ]
 
 Array = jax.Array
 ShapedArray = jax.core.ShapedArray
+
+# --- Tracing -------------------------------------------------------------------------------------
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a value is one of a program that is being traced: its numbers are not known."""
+    return isinstance(x, jax.core.Tracer)
+
+
+def jit_context(default: Hashable) -> Any:
+    """A value, one per thread, by which jax.jit keys its caches besides its arguments.
+
+    A function traced under one value is another program under another. ``.value`` is the value.
+    """
+    return jax.make_user_context(default_value=default)
+
+
+def set_jit_context(context: Any, value: Hashable) -> None:
+    """Sets the value of a `jit_context` until it is set again.
+
+    JAX's context manager puts the old value back when it is left; it is never left here.
+    """
+    context(value).__enter__()
+
+
+def takes_a_slice(primitive: Primitive) -> bool:
+    """Whether a primitive is one of those by which a loop's body takes a row: ``stack[index]``.
+
+    For policies of jax.checkpoint, which are ``policy(primitive, *types, **params) -> bool``.
+    """
+    return primitive.name in ("dynamic_slice", "squeeze")
+
 
 # --- New primitives ------------------------------------------------------------------------------
 

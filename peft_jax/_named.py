@@ -13,6 +13,7 @@ from flax.core import meta
 from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
+from peft_jax._jax_internals import is_traced
 from peft_jax._names import DEFAULT, check_adapter_name, named_as
 from peft_jax._params import (
     check_specs,
@@ -245,7 +246,7 @@ def _refuse_not_finite(path: Path, before: Layer, after: Layer) -> None:
         if value is before[name]:
             continue
         array = meta.unbox(value)
-        if isinstance(array, jax.core.Tracer):
+        if is_traced(array):
             raise ValueError("merge_and_unload: safe_merge looks at numbers, which jit lacks.")
         if not bool(jnp.all(jnp.isfinite(array))):
             raise ValueError(

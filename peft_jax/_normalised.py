@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 from flax import linen as nn
-from flax.core import Scope, meta
+from flax.core import meta
 
+from peft_jax._flax_internals import Scope, child_scope, params_of, rngs_of, scope_for_init
 from peft_jax._low_rank import add_once
 from peft_jax._registry import Call
 from peft_jax._rules import Proceed
@@ -51,7 +52,7 @@ def around_norm(call: Call, proceed: Proceed) -> Any:
     if norm.is_initializing():
         with mute_adapters():
             y = proceed(call)  # which may normalise every array that it finds: they come afterwards
-        _store_adapters(layer.scope, init(layer.scope.rngs, call.args, kwargs), specs)
+        _store_adapters(layer.scope, init(rngs_of(layer.scope), call.args, kwargs), specs)
         return y
 
     depth = len(norm.scope.path)
@@ -84,21 +85,11 @@ def init_of_copy(layer: Any, method: str) -> Callable[..., Any]:
 
     The copy lies in a scope of the same path but without variables.
     """
-    path = layer.scope.path
 
     def init(rngs: Any, args: Any, kwargs: Any) -> Any:
-        scope = Scope(
-            {},
-            rngs=rngs,
-            name=layer.scope.name,
-            mutable=True,
-            path=path,
-            debug_path=(*path, "normalised"),
-            flags={"initializing": True},
-        )
-        with scope.temporary():
+        with scope_for_init(layer.scope, rngs) as scope:
             getattr(layer.copy(parent=scope, name=layer.name), method)(*args, **kwargs)
-            return scope.mutable_variables()["params"]
+            return params_of(scope)
 
     return init
 
@@ -107,9 +98,9 @@ def _store_adapters(scope: Scope, params: Any, specs: dict[str, LoraSpec]) -> No
     """Puts new adapters beside the weights that are there, which magnitudes are those of."""
 
     def store(path: Path, layer: Layer, adapters: Layer) -> Layer:
-        holder = functools.reduce(lambda inner, part: inner.push(part, reuse=True), path, scope)
+        holder = functools.reduce(child_scope, path, scope)
         for name, adapter in adapters.items():
-            spec, inner = specs["/".join((*path, name))], holder.push(name, reuse=True)
+            spec, inner = specs["/".join((*path, name))], child_scope(holder, name)
             for leaf, value in adapter.items():
                 if leaf == "magnitude":
                     stored: Any = holder.get_variable("params", str(spec.param))

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from peft_jax._adapted_checks import check_adapted
 from peft_jax._config import LoraConfig
+from peft_jax._flax_internals import rngs_of
 from peft_jax._interceptor import ModuleInterceptor
 from peft_jax._named import enable_adapters
 from peft_jax._names import DEFAULT, check_adapter_name
@@ -108,7 +109,7 @@ class PeftModel(SeveralAdapters):
             found = self._structure
             if needs_structure(config) and found is None:
                 init = init_of_copy(self.wrapped, method)
-                found = structure(config, base, init, scope.rngs, args, kwargs)
+                found = structure(config, base, init, rngs_of(scope), args, kwargs)
             return adapt if found is None else dataclasses.replace(adapt, **found._asdict())
         params = scope.variables().get("params", {})
         if self._base_path is None:

@@ -21,6 +21,7 @@ from peft_jax._adapters import (
     LoRAWeightAdapter,
 )
 from peft_jax._equation import BATCH_IN_B, parse_equation
+from peft_jax._flax_internals import child_scope
 from peft_jax._names import DEFAULT, adapter_name, is_adapter
 from peft_jax._registry import Call, Layer, find_layer, layer_type
 
@@ -122,7 +123,7 @@ def make_adapter(
         adapts=param,
         simulated=call.simulated and functools.partial(call.simulated, name),
         kernel_metadata=stored if isinstance(stored, meta.AxisMetadata) else None,
-        parent=scope.push(name, reuse=True),
+        parent=child_scope(scope, name),
         name=name,
     )
 

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from peft_jax._jax_internals import is_traced
+
 
 def named_sharding(x: Any) -> NamedSharding | None:
     """How an array is spread over named axes of devices, if it is and can be told."""
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+    if is_traced(x) or not isinstance(x, jax.Array):
         return None
     return x.sharding if isinstance(x.sharding, NamedSharding) else None
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peft_jax._jax_internals import is_traced
 from peft_jax._methods import METHODS, QuantizationMethod
 from peft_jax._placement import without_explicit_axes
 from peft_jax._stored import Layout, StoredValues, as_stored, pack, unpack
@@ -292,7 +293,7 @@ def _groups(
 
 def is_known(x: Any) -> bool:
     """Whether the numbers of an array are known, and not those of a program being traced."""
-    return not isinstance(x, jax.core.Tracer)
+    return not is_traced(x)
 
 
 def check_range(method: QuantizationMethod, found: Range | None) -> None:

@@ -17,6 +17,7 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Array
 
+from peft_jax._flax_internals import patched
 from peft_jax._methods import QuantizationMethod
 from peft_jax._names import scale_name, unused_scale_name
 from peft_jax._products import Convolution
@@ -32,7 +33,6 @@ from peft_jax._quantized_dot import (
     quantized_product,
     quantized_rows,
 )
-from peft_jax._reading import patched
 from peft_jax._registry import Call, Layer, layer_type, require_layer
 from peft_jax._rules import IN_PARTS, SIMULATION, STORAGE, Init, Proceed, Rule
 from peft_jax._spec_box import partitioned_like, reboxed, scale_axes

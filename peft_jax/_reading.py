@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.core import meta
 
+from peft_jax._flax_internals import patched
 from peft_jax._registry import Call, require_layer
 from peft_jax._rules import IN_PARTS, STORAGE, Init, Rule
 from peft_jax._stored import weight_shape
@@ -75,18 +75,3 @@ def weight_beneath(call: Call, rules: list[Rule]) -> Any:
     with patched(module, IN_PARTS, all(rule.order == STORAGE for rule in rules)):
         _, value = _read(call, rules, layer.param, make, lambda *_, **__: kept)
     return value
-
-
-@contextlib.contextmanager
-def patched(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of a bound module for the length of a call."""
-    missing = object()
-    before = module.__dict__.get(name, missing)
-    object.__setattr__(module, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            object.__delattr__(module, name)
-        else:
-            object.__setattr__(module, name, before)

@@ -18,6 +18,7 @@ from peft_jax._equation import (
     dense_general_equation,
     parse_equation,
 )
+from peft_jax._flax_internals import is_lifted, lifts_around
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Call:
     @property
     def mapped(self) -> bool:
         """Whether it runs inside ``nn.map_variables``, on parameters that are not those stored."""
-        return any(part.startswith("map_variables(") for part in self.module.scope.debug_path)
+        return "map_variables" in lifts_around(self.module.scope)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the call, given by position or by name."""
@@ -104,7 +105,7 @@ def layer_type(module: nn.Module | type[nn.Module]) -> type[nn.Module]:
     inside the transform.
     """
     cls = module if isinstance(module, type) else type(module)
-    return next(base for base in cls.__mro__ if base.__module__ != nn.remat.__module__)
+    return next(base for base in cls.__mro__ if not is_lifted(base))
 
 
 _LAYERS: dict[type[nn.Module], Layer] = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from peft_jax._jax_internals import is_traced
 from peft_jax._registry import Call
 
 _ALLOWED = 3
@@ -40,7 +41,7 @@ def warn_of_rebuilt_rule(rule: Callable[..., Any], call: Call) -> None:
     code = getattr(function, "__code__", None)
     inputs = jax.tree.leaves((call.args, dict(call.kwargs)))
     traced = [*inputs, *jax.tree.leaves(call.module.variables)]
-    if code is None or not any(isinstance(leaf, jax.core.Tracer) for leaf in traced):
+    if code is None or not any(is_traced(leaf) for leaf in traced):
         return
     shapes = tuple(getattr(leaf, "shape", None) for leaf in inputs)
     seen = _SEEN.setdefault(code, {}).setdefault((type(call.module), call.method, shapes), _Seen())

@@ -9,10 +9,10 @@ import weakref
 from collections.abc import Hashable, Iterator
 from contextvars import ContextVar
 
-import jax
 from flax import linen as nn
-from flax.core import Scope
 
+from peft_jax._flax_internals import Scope, has_returned, inside_lift, is_setup_check, root_of
+from peft_jax._jax_internals import jit_context, set_jit_context
 from peft_jax._rules import ADAPTER, Rule
 from peft_jax._trees import adapter_paths
 
@@ -76,11 +76,10 @@ class State:
     def inside(self, module: nn.Module) -> State:
         """The state inside the call of a module: a frame of its own, and the root it belongs to."""
         assert module.scope is not None
-        root, frame = module.scope.root, object()
-        if type(root) is not Scope:
-            # Flax checks `setup` under a lift on a scope without variables or keys.
+        root, frame = root_of(module.scope), object()
+        if is_setup_check(module.scope):
             return dataclasses.replace(self, frame=frame, entries=(), local=(), extents=())
-        if root.debug_path or root == self.root:  # inside a lift, the root's path names it
+        if inside_lift(module.scope) or root == self.root:
             return dataclasses.replace(self, frame=frame, root=self.root or root)
         outer = _running_root()
         if self.root is None and (outer in (None, root) or not _is_part(module)):
@@ -165,7 +164,7 @@ class State:
 _IDLE = State()
 _STATE: ContextVar[State] = ContextVar("peft_jax_state", default=_IDLE)
 # jax.jit keys its caches by this value: a function traced under other rules is another program.
-_JIT_KEY = jax.make_user_context(default_value=None)
+_JIT_KEY = jit_context(None)
 
 
 # The root of the model that ran last.
@@ -176,7 +175,7 @@ def _running_root() -> Scope | None:
     """The root of the model whose ``init`` or ``apply`` has not returned yet, if one is known."""
     reference = _ROOT.get()
     root = None if reference is None else reference()
-    return None if root is None or root.invalid else root
+    return None if root is None or has_returned(root) else root
 
 
 def _is_part(module: nn.Module) -> bool:
@@ -216,7 +215,7 @@ def using(state: State) -> Iterator[None]:
 def _set_jit_key(key: Hashable) -> None:
     # Set, not left again: `with` statements held by generators may end in any order, and the key
     # is always that of the state that holds.
-    _JIT_KEY(key).__enter__()
+    set_jit_context(_JIT_KEY, key)
 
 
 def check_task() -> None:

@@ -15,6 +15,7 @@ from flax.core import meta
 from rich.console import Console
 from rich.table import Table
 
+from peft_jax._flax_internals import inside_lift, root_of
 from peft_jax._model import recorded_boxes
 from peft_jax._names import scale_name
 from peft_jax._registry import find_layer
@@ -194,9 +195,9 @@ class _LeftAlone:
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if module.scope is None or module.scope.root.debug_path:  # inside a lift
+        if module.scope is None or inside_lift(module.scope):
             return next_fun(*args, **kwargs)
-        root, outer = module.scope.root, self._root
+        root, outer = root_of(module.scope), self._root
         if outer not in (None, root) and find_layer(module) is not None:
             self.paths.append("/".join(module.scope.path) or type(module).__name__)
         self._root = root if outer is None else outer

@@ -15,6 +15,7 @@ from flax.typing import Array
 from peft_jax._config import LoraConfig
 from peft_jax._equation import experts_equation, parse_equation
 from peft_jax._first_values import first_values
+from peft_jax._flax_internals import lifts_around
 from peft_jax._interceptor import ModuleInterceptor
 from peft_jax._lora import LoRAConv, LoRADense, LoRADenseGeneral, LoRAEinsum, LoRAEmbed
 from peft_jax._lora_rules import AdapterRule
@@ -116,13 +117,13 @@ class Adapt:
         config = self.config
         if config.layers_to_transform in (None, ()):
             return
-        lifts = [part for part in module.scope.debug_path if part.startswith(("scan(", "vmap("))]
+        lifts = [lift for lift in lifts_around(module.scope) if lift in ("scan", "vmap")]
         everywhere = dataclasses.replace(config, layers_to_transform=None, layers_pattern=None)
         if lifts and layer_index(path, config.layers_pattern) is None and selects(everywhere, path):
             raise ValueError(
                 f"LoraConfig.layers_to_transform = {config.layers_to_transform} tells layers apart "
                 f"by their index, but '{slashed(path)}' stands for a stack of layers "
-                f"({lifts[0]}), which have one adapter each, or none. Leave layers_to_transform "
+                f"(nn.{lifts[0]}), which have one adapter each, or none. Leave layers_to_transform "
                 "out, build the model with layers of their own names, or leave the stack out "
                 f"(exclude_modules={['.'.join(path)]})."
             )

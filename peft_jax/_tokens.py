@@ -12,6 +12,7 @@ from flax.core import meta
 from flax.typing import Array, Dtype
 
 from peft_jax._equation import EMBED, parse_equation
+from peft_jax._flax_internals import child_scope
 from peft_jax._lora_rules import AdapterRule
 from peft_jax._names import DEFAULT, TOKENS
 from peft_jax._registry import Call, embed_input, require_layer
@@ -113,7 +114,7 @@ class TokensRule(AdapterRule):
             self.tokens,
             param,
             stored if isinstance(stored, meta.AxisMetadata) else None,
-            parent=scope.push(name, reuse=True),
+            parent=child_scope(scope, name),
             name=name,
         )
         return rows(call.weight())

@@ -12,6 +12,7 @@ import numpy as np
 from flax.core import meta
 
 from peft_jax._einsum import widest
+from peft_jax._jax_internals import is_traced
 from peft_jax._matrices import MatrixView, padded
 from peft_jax._params import Specs, check_specs, layer_changes, merge_params, rounded_sum
 from peft_jax._specs import LoraSpec
@@ -163,7 +164,7 @@ def _check_kept(path: Path, original: Any, fused: Any, change: jax.Array) -> Non
     again, fused = (
         meta.unbox(leaf).astype(jnp.float32) for leaf in (rounded_sum(original, change, 1), fused)
     )
-    if isinstance(again, jax.core.Tracer) or isinstance(fused, jax.core.Tracer):
+    if is_traced(again) or is_traced(fused):
         return
     scale = jnp.maximum(jnp.max(jnp.abs(fused)), 1e-30)
     precision = float(jnp.finfo(meta.unbox(original).dtype).eps)
@@ -241,7 +242,7 @@ def _refuse_other_differences(
         path
         for path in before
         if path not in adapted
-        and not isinstance(meta.unbox(after[path]), jax.core.Tracer)
+        and not is_traced(meta.unbox(after[path]))
         and _differs(before[path], after[path])
     ]
     if others:
@@ -253,7 +254,7 @@ def _refuse_other_differences(
 
 def _differs(one: Any, other: Any) -> bool:
     one, other = meta.unbox(one), meta.unbox(other)
-    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+    if is_traced(one) or is_traced(other):
         raise ValueError(
             "unfuse_params under jit must be told which layers differ, and the rank: pass specs "
             "and rank."
@@ -307,7 +308,7 @@ def _factors(
 
 def _numerical_rank(s: jax.Array, weight: jax.Array, shape: tuple[int, ...], where: str) -> int:
     """How many singular values exceed what rounding the weight alone leaves in the difference."""
-    if isinstance(s, jax.core.Tracer):
+    if is_traced(s):
         raise ValueError(
             f"unfuse_params: the numerical rank of '{where}' is not known under jit. Pass rank."
         )

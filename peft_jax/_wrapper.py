@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from flax import linen as nn
-from flax.core import Scope
 
+from peft_jax._flax_internals import Scope, is_placed_by_context, set_attribute
 from peft_jax._interceptor import call_wrapped
 from peft_jax._registry import layer_type, require_layer
 from peft_jax._rules import Rule, RuleSource
@@ -29,7 +29,7 @@ class Transparent(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}.wrapped is the module to wrap, got {self.wrapped!r}."
             )
-        wrapped, implicit = self.wrapped, self._placed_by_context()
+        wrapped, implicit = self.wrapped, is_placed_by_context(self)
         if wrapped.scope is not None and implicit:
             if self.name not in (None, wrapped.name):
                 raise ValueError(
@@ -37,21 +37,16 @@ class Transparent(nn.Module):
                     f"already, {wrapped.name!r}, under which its parameters lie. Name the wrapped "
                     "module instead."
                 )
-            object.__setattr__(self, "parent", wrapped.scope)
-            object.__setattr__(self, "name", wrapped.name or "wrapped")  # no child to be named
+            set_attribute(self, "parent", wrapped.scope)
+            set_attribute(self, "name", wrapped.name or "wrapped")  # no child to be named
         # Flax would adopt `wrapped` as a child with a scope of its own: it must not see it.
-        object.__setattr__(self, "wrapped", None)
+        set_attribute(self, "wrapped", None)
         try:
             super().__post_init__()
         finally:
-            object.__setattr__(self, "wrapped", wrapped)
+            set_attribute(self, "wrapped", wrapped)
         if self.scope is not None and wrapped.scope is None:
-            object.__setattr__(self, "wrapped", self._bind(wrapped, self.scope))
-
-    @nn.nowrap
-    def _placed_by_context(self) -> bool:
-        """Whether Flax is to find the parent, rather than that the caller gave a scope or None."""
-        return self.parent is not None and not isinstance(self.parent, Scope)
+            set_attribute(self, "wrapped", self._bind(wrapped, self.scope))
 
     @nn.nowrap
     def _bind(self, wrapped: nn.Module, scope: Scope) -> nn.Module:
@@ -59,8 +54,8 @@ class Transparent(nn.Module):
         name = self.name or wrapped.name or "wrapped"
         if wrapped.parent is None:  # made outside of any module, and maybe used elsewhere too
             return wrapped.clone(parent=scope, name=name)
-        object.__setattr__(wrapped, "parent", scope)
-        object.__setattr__(wrapped, "name", name)
+        set_attribute(wrapped, "parent", scope)
+        set_attribute(wrapped, "name", name)
         wrapped.__post_init__()
         return wrapped
 

@@ -59,6 +59,7 @@ FLOORS = (
     ("_state",),
     ("_rules",),
     ("_registry",),
+    ("_flax_internals",),
     ("_trees",),
     ("_matrices",),
     ("_stacked",),
@@ -94,6 +95,30 @@ ARRAYS_ONLY = {
     "_tiled_einsum",
     "_tiles",
     "_weight",
+}
+# What libraries export and do not document, by its dotted name (or the end of it) or as the name of
+# any attribute, and the room in which it may stand.
+UNDOCUMENTED = {
+    "_jax_internals": (
+        "jax.core",
+        "jax.extend",
+        "jax.interpreters",
+        "jax.make_user_context",
+    ),
+    "_flax_internals": (
+        "__module__",
+        "debug_path",
+        "flax.core.Scope",
+        "flax.core.lift",
+        "flax.core.scope",
+        "invalid",
+        "mutable_variables",
+        "push",
+        "rng_counters",
+        "rngs",
+        "scope.root",
+        "temporary",
+    ),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -158,6 +183,18 @@ def test_no_private_attributes_of_other_libraries(path):
             named = isinstance(start, ast.Name) and start.id in roots
             dunder = node.attr.startswith("__")
             assert dunder or not named, f"{name_of(path)}:{node.lineno} uses {ast.unparse(node)}."
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_what_is_undocumented_stands_in_one_file(path):
+    used = {".".join(name[:end]) for name in imports_of(path) for end in (2, 3)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            used |= {name, ".".join(name.split(".")[-2:]), node.attr}
+    for room in UNDOCUMENTED.keys() - {room_of(path)}:
+        found = used & set(UNDOCUMENTED[room])
+        assert not found, f"{name_of(path)} uses {found}: give it a function in {room}.py."
 
 
 @pytest.mark.parametrize("room", ["_equation", "_specs"])

@@ -320,8 +320,11 @@ def twice(variables):
         nn.map_variables(peft.LoRADense, "params", trans_in_fn=twice, init=True)(
             rank=2, wrapped=nn.Dense(4)
         ),
+        nn.map_variables(nn.remat(peft.LoRADense), "params", trans_in_fn=twice, init=True)(
+            rank=2, wrapped=nn.Dense(4)
+        ),
     ],
-    ids=["a wrapper under a norm", "parameters that are mapped"],
+    ids=["a wrapper under a norm", "parameters that are mapped", "mapped around a remat"],
 )
 def test_adapters_where_parameters_are_not_those_that_are_stored(layer):
     with pytest.raises(ValueError, match=r"nn\.map_variables.*ModuleInterceptor"):

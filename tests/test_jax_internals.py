@@ -4,20 +4,14 @@ A test that fails here names what a new release changed, and the one function to
 """
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import Primitive as JaxPrimitive
-from jax.extend.core.primitives import (
-    call_p,
-    closed_call_p,
-    custom_jvp_call_p,
-    custom_vjp_call_p,
-    jit_p,
-    remat_p,
-)
+from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
 
 from peft_jax._jax_internals import (
     CALLED,
@@ -28,8 +22,10 @@ from peft_jax._jax_internals import (
     define_bilinear,
     define_derivative,
     is_recomputed,
+    is_traced,
     is_unknown,
     is_zero,
+    jit_context,
     new_primitive,
     programs_in,
     read,
@@ -37,6 +33,8 @@ from peft_jax._jax_internals import (
     run_program,
     scan_p,
     scan_split,
+    set_jit_context,
+    takes_a_slice,
     while_p,
     while_split,
 )
@@ -104,11 +102,6 @@ def twice(x):
     return x + x
 
 
-def called(primitive, program):
-    """Runs a program by a primitive that jax.make_jaxpr does not bind by itself."""
-    return lambda x: primitive.bind(x, call_jaxpr=program)[0]
-
-
 @jax.custom_jvp
 def with_jvp(x):
     return twice(x)
@@ -149,18 +142,6 @@ def test_calls_name_the_program_that_they_run(primitive, function):
     np.testing.assert_array_equal(result, 2 * X)
     (found,) = programs_in(equation)
     assert [e.primitive.name for e in found.eqns] == ["add"]
-
-
-def test_these_are_all_primitives_that_only_call():
-    """`call` and `closed_call` are for other libraries: no function of JAX binds them by itself."""
-    assert set(CALLED) == {
-        jit_p,
-        remat_p,
-        call_p,
-        closed_call_p,
-        custom_jvp_call_p,
-        custom_vjp_call_p,
-    }
 
 
 def test_what_a_backward_pass_computes_again_is_marked():
@@ -351,3 +332,67 @@ def test_derivative_rules_learn_which_tangents_are_zero_and_which_operands_are_u
     np.testing.assert_array_equal(gradient, jnp.full(X.shape, 3.0))
     assert seen == [[False, True], [False, True, False]]
     np.testing.assert_array_equal(jax.jit(scaled_p.bind)(X, jnp.float32(2)), 2 * X)
+
+
+# --- Tracing -------------------------------------------------------------------------------------
+
+
+def test_traced_values_are_told():
+    told = []
+
+    def see(x):
+        told.append(is_traced(x))
+        return x
+
+    see(X)
+    see(np.ones(3))
+    see(jax.ShapeDtypeStruct((3,), "float32"))
+    for trace in (jax.jit, jax.vmap, jax.grad, jax.checkpoint):
+        trace(lambda x: see(x).sum() if x.ndim else see(x))(X[0, 0] if trace is jax.grad else X)
+    jax.eval_shape(see, X)
+    assert told == [False] * 3 + [True] * 5
+
+
+def test_jit_keys_its_caches_by_a_context():
+    context, traced = jit_context(None), []
+
+    @jax.jit
+    def function(x):
+        traced.append(context.value)
+        return x
+
+    function(X)
+    set_jit_context(context, "other")
+    assert context.value == "other"
+    function(X)
+    function(X)
+    values = []
+    thread = threading.Thread(target=lambda: values.append(context.value))
+    thread.start()
+    thread.join()
+    set_jit_context(context, None)
+    function(X)
+    assert traced == [None, "other"]
+    assert values == [None]
+
+
+def test_the_slices_of_a_loop_are_told_to_a_policy():
+    """What slices a row off a stack, in a scan over indices, under jax.checkpoint."""
+    stack, asked = jnp.ones((4, 3)), []
+
+    def policy(primitive, *types, **params):
+        asked.append((takes_a_slice(primitive), types[0].shape))
+        return not takes_a_slice(primitive)
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def body(x, index):
+        return jnp.sin(x * stack[index]), None
+
+    def loss(x):
+        return jax.lax.scan(body, x, jnp.arange(4))[0].sum()
+
+    jax.eval_shape(jax.grad(loss), jnp.ones(3))
+    sliced = [shape for slicing, shape in asked if slicing]
+    assert sliced
+    assert set(sliced) <= {(4, 3), (1, 3)}
+    assert not any(shape == (4, 3) for slicing, shape in asked if not slicing)

@@ -455,10 +455,11 @@ def test_a_whole_path_holds_whatever_the_layers():
     assert places(adapted, IDS) == {"layers_0/up", "layers_2/down", "head"}
 
 
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("target", [["up"], "all-linear"])
 @pytest.mark.parametrize("layers", [0, [0, 1]])
-def test_layers_of_a_stack_raise(target, layers):
-    adapted = adapt(Stacked(), target_modules=target, layers_to_transform=layers)
+def test_layers_of_a_stack_raise(target, layers, remat):
+    adapted = adapt(Stacked(remat=remat), target_modules=target, layers_to_transform=layers)
     with pytest.raises(
         ValueError, match=r"layers_to_transform = .*'layers/\w+' stands for a stack"
     ):

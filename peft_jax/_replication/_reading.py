@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
 from flax.core import meta
 
+from peft_jax._flax_internals import lifts_around
+from peft_jax._jax_internals import takes_a_slice
 from peft_jax._normalised import NORMS
 from peft_jax._registry import Call
 from peft_jax._replication._shared import LayerSlice, shared_in
@@ -93,8 +96,7 @@ class _AllButSlices:
     shapes: frozenset[tuple[int, ...]]
 
     def __call__(self, prim: Any, *avals: Any, **params: Any) -> bool:
-        slicing = prim.name in ("dynamic_slice", "squeeze")
-        return not (slicing and avals[0].shape in self.shapes)
+        return not (takes_a_slice(prim) and avals[0].shape in self.shapes)
 
 
 class _Recomputed(Transparent):
@@ -134,5 +136,5 @@ def _slices(module: nn.Module) -> list[LayerSlice]:
 def _is_recomputed(module: nn.Module) -> bool:
     """Whether the module runs under ``nn.remat`` inside the innermost loop over layers."""
     assert module.scope is not None
-    lifts = ".".join(reversed(module.scope.debug_path))  # innermost first, as inside `f(g(name))`
-    return "remat(" in lifts.partition("scan(")[0]
+    inside_loop = itertools.takewhile(lambda lift: lift != "scan", lifts_around(module.scope))
+    return "remat" in inside_loop

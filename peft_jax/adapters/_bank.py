@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peft_jax._bank_rule import BIASED, DECOMPOSED, SCALING
+from peft_jax._jax_internals import is_traced
 from peft_jax._names import check_adapter_name
 from peft_jax._params import merge_params
 from peft_jax._specs import LoraSpec
@@ -158,7 +159,7 @@ class AdapterBank:
                 "select takes names, or integers with one axis, got an array of shape "
                 f"{np.shape(adapters)} and dtype {adapters.dtype}."
             )
-        if not isinstance(adapters, jax.core.Tracer):
+        if not is_traced(adapters):
             filled = {slot for slot, name in enumerate(self.names) if name is not None}
             empty = sorted({int(slot) for slot in np.asarray(adapters)} - filled - {-1})
             if empty:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from peft_jax._jax_internals import is_traced
 from peft_jax.adapters._combine_layers import CALLER
 from peft_jax.adapters._combine_table import Settings
 from peft_jax.adapters._sparsify import MAJORITY_SIGN_METHODS
@@ -17,7 +18,7 @@ from peft_jax.adapters._sparsify import MAJORITY_SIGN_METHODS
 
 def finite_weights(weights: Any) -> list[float]:
     """The weights as plain numbers."""
-    if isinstance(weights, jax.Array) and not isinstance(weights, jax.core.Tracer):
+    if isinstance(weights, jax.Array) and not is_traced(weights):
         weights = np.asarray(weights)
     values = list(weights) if isinstance(weights, list | tuple | np.ndarray) else None
     found = [_number(value) for value in values or ()]
@@ -31,7 +32,7 @@ def finite_weights(weights: Any) -> list[float]:
 
 def _number(value: Any) -> float:
     """A plain number; NaN for what is none."""
-    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, np.ndarray | jax.Array) and not is_traced(value):
         value = value.item() if value.ndim == 0 else None
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return float(value) if number else math.nan

@@ -14,6 +14,7 @@ import numpy as np
 from flax.core import meta
 
 from peft_jax._einsum import widest
+from peft_jax._jax_internals import is_traced
 from peft_jax._low_rank import matricize
 from peft_jax._matrices import MatrixView, rank_letter
 from peft_jax._placement import named_sharding, sharded_like, without_explicit_axes
@@ -276,6 +277,6 @@ def _leaf(value: Array, name: str, members: Sequence[Member]) -> Any:
         )
     value = value.astype(dtype)
     sharding = named_sharding(meta.unbox(leaves[0]))
-    if sharding is not None and not isinstance(value, jax.core.Tracer):
+    if sharding is not None and not is_traced(value):
         value = jax.device_put(value, sharded_like(sharding, value.shape))
     return meta.replace_boxed([*boxed, leaves[0]][0], value)

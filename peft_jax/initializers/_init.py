@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
+from peft_jax._jax_internals import is_traced
 from peft_jax._names import is_adapter
 from peft_jax._params import Specs, split_params
 from peft_jax._specs import LoraSpec
@@ -264,7 +265,7 @@ def _check_weights(weights: Mapping[str, Parameter], method: Any) -> None:
 
 def _check_finite(target: Target, start: Start, method: Any) -> None:
     """Numbers are not known inside ``jax.jit``."""
-    if isinstance(start.a, jax.core.Tracer):
+    if is_traced(start.a):
         return
     finite = jnp.all(jnp.isfinite(start.a)) & jnp.all(jnp.isfinite(start.b))
     if not bool(finite):

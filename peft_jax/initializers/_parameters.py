@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from peft_jax._checkpoint import dequantize_checkpoint
 from peft_jax._einsum import widest
+from peft_jax._jax_internals import is_traced
 from peft_jax._names import scale_name
 from peft_jax._placement import named_sharding, without_explicit_axes
 from peft_jax._spec_box import partitioned_like, reboxed
@@ -88,7 +89,7 @@ class Parameter:
     def _put(self, value: Array, places: Sequence[int | None]) -> Array:
         stored = self.stored
         sharding = named_sharding(meta.unbox(self.box) if stored is None else stored.array)
-        if sharding is None or isinstance(value, jax.core.Tracer):
+        if sharding is None or is_traced(value):
             return value
         names = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
         spec = PartitionSpec(*(None if place is None else names[place] for place in places))

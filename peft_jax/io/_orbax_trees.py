@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 
+from peft_jax._jax_internals import is_traced
 from peft_jax._replication import SharedStack
 from peft_jax._stored import StoredValues, as_stored
 from peft_jax._trees import Path, children, is_branch, rebuild, slashed
@@ -108,7 +109,7 @@ def described(tree: Any, path: Path = ()) -> dict[str, Any]:
 
 def _described_array(leaf: Any, path: Path) -> dict[str, Any]:
     dtype, shape = getattr(leaf, "dtype", None), getattr(leaf, "shape", None)
-    concrete = not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+    concrete = not (is_traced(leaf) or isinstance(leaf, jax.ShapeDtypeStruct))
     deleted = concrete and isinstance(leaf, jax.Array) and leaf.is_deleted()
     if not concrete or deleted or shape is None or dtype is None or not _is_number(dtype):
         found = type(leaf).__name__ if dtype is None else f"{type(leaf).__name__} of {dtype}"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from peft_jax._jax_internals import is_traced
 from peft_jax._trees import children
 from peft_jax.quantsim._quantizer import Quantizer
 
@@ -68,7 +69,7 @@ class Encoding(struct.PyTreeNode):
 
     def __repr__(self) -> str:
         scale = self.scale
-        if isinstance(scale, jax.Array | np.ndarray) and not isinstance(scale, jax.core.Tracer):
+        if isinstance(scale, jax.Array | np.ndarray) and not is_traced(scale):
             shown = f"scale={np.asarray(scale).ravel()[0]:.4g}" if scale.size == 1 else ""
         else:
             shown = f"scale={scale!r}"
