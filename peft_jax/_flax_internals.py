@@ -16,10 +16,12 @@ from flax.core import Scope
 
 __all__ = [
     "Scope",
+    "bind_in_place",
     "child_scope",
     "has_returned",
     "inside_lift",
     "is_lifted",
+    "is_lifted_function",
     "is_placed_by_context",
     "is_setup_check",
     "lifts_around",
@@ -125,6 +127,14 @@ def is_lifted(cls: type[nn.Module]) -> bool:
     return cls.__module__ == nn.remat.__module__
 
 
+def is_lifted_function(cls: type[nn.Module], method: str) -> bool:
+    """Whether the method that Flax names to a hook is a function that a lift runs on a module.
+
+    ``nn.remat(function)(module)`` shows as a call of the module's method of the function's name.
+    """
+    return not hasattr(cls, method)
+
+
 # --- Bound modules -------------------------------------------------------------------------------
 
 
@@ -151,6 +161,16 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
     A module is a plain object: only ``__setattr__`` refuses changes, and registers children.
     """
     object.__setattr__(module, name, value)
+
+
+def bind_in_place(module: nn.Module, scope: Scope, name: str) -> None:
+    """Binds a module that was made inside another one, and waits for a scope, to this scope.
+
+    ``__post_init__`` binds a module once its parent is there: so Flax binds what modules are given.
+    """
+    set_attribute(module, "parent", scope)
+    set_attribute(module, "name", name)
+    module.__post_init__()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 from flax import linen as nn
 from flax.core import meta
 
-from peft_jax._flax_internals import method_hook
+from peft_jax._flax_internals import is_lifted_function, method_hook
 from peft_jax._host import made
 from peft_jax._reading import by_order, reading_through, weight_beneath
 from peft_jax._registry import Call, find_layer, layer_type
@@ -235,8 +235,7 @@ def _dispatch(
             if isinstance(entry.interceptor, ModuleInterceptor):
                 warn_of_rebuilt_rule(entry.interceptor.replace_fn, call)
     state = state.inside(module)
-    if not hasattr(layer_type(module), call.method):
-        # Flax's name for a function that a lifted transform runs on the module.
+    if is_lifted_function(layer_type(module), call.method):
         with using(state):
             return next_fun(*args, **kwargs)
     state, replacement, rules = _plan(state, call)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from flax import linen as nn
 
-from peft_jax._flax_internals import Scope, is_placed_by_context, set_attribute
+from peft_jax._flax_internals import Scope, bind_in_place, is_placed_by_context, set_attribute
 from peft_jax._interceptor import call_wrapped
 from peft_jax._registry import layer_type, require_layer
 from peft_jax._rules import Rule, RuleSource
@@ -54,9 +54,7 @@ class Transparent(nn.Module):
         name = self.name or wrapped.name or "wrapped"
         if wrapped.parent is None:  # made outside of any module, and maybe used elsewhere too
             return wrapped.clone(parent=scope, name=name)
-        set_attribute(wrapped, "parent", scope)
-        set_attribute(wrapped, "name", name)
-        wrapped.__post_init__()
+        bind_in_place(wrapped, scope, name)
         return wrapped
 
     @nn.nowrap

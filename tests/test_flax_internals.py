@@ -12,10 +12,12 @@ from flax import linen as nn
 
 from peft_jax._flax_internals import (
     Scope,
+    bind_in_place,
     child_scope,
     has_returned,
     inside_lift,
     is_lifted,
+    is_lifted_function,
     is_placed_by_context,
     is_setup_check,
     lifts_around,
@@ -126,6 +128,24 @@ def test_lifted_classes_are_subclasses_that_are_told(lift):
     assert is_lifted(cls)
     assert written[0] is nn.Dense
     assert is_lifted(nn.remat(cls))
+
+
+def test_functions_that_a_lift_runs_are_told_from_methods():
+    called = set()
+
+    def hook(next_fun, args, kwargs, context):
+        module = type(context.module)
+        if module is nn.Dense:
+            called.add((context.method_name, is_lifted_function(module, context.method_name)))
+        return next_fun(*args, **kwargs)
+
+    def function(module, x):
+        return module(x)
+
+    with nn.intercept_methods(hook):
+        model = Calling(lambda x: nn.remat(function)(nn.Dense(3), x))
+        jax.eval_shape(model.init, jax.random.key(0), X)
+    assert {("function", True), ("__call__", False)} <= called
 
 
 class WithSetup(nn.Module):
@@ -315,15 +335,32 @@ def test_attributes_of_modules_are_set_and_read_by_their_own_methods():
     Model().apply({}, X)
 
 
+class Hidden:
+    """Not a module, so that Flax does not take what is in it for a child."""
+
+    def __init__(self, module):
+        self.module = module
+
+
+def test_modules_that_wait_are_bound_in_place():
+    class Model(nn.Module):
+        def setup(self):
+            waiting, scope = nn.Dense(3), child_scope(self.scope, "held")
+            assert waiting.scope is None
+            bind_in_place(waiting, scope, "held")
+            assert waiting.scope is scope
+            self.hidden = Hidden(waiting)
+
+        def __call__(self, x):
+            return self.hidden.module(x)
+
+    params = jax.eval_shape(Model().init, jax.random.key(0), X)["params"]
+    assert {name: set(layer) for name, layer in params.items()} == {"held": {"kernel", "bias"}}
+
+
 def test_modules_made_in_setup_wait_for_a_scope():
     """So a rule makes them in the `setup` of a host, and they are bound where they shall lie."""
     made = []
-
-    class Hidden:
-        """Not a module, so that Flax does not take what is in it for a child."""
-
-        def __init__(self, module):
-            self.module = module
 
     class Host(nn.Module):
         def setup(self):
