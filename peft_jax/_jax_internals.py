@@ -8,18 +8,10 @@ when it no longer holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
-from jax.extend.core import (
-    ClosedJaxpr,
-    Jaxpr,
-    JaxprEqn,
-    Literal,
-    Primitive,
-    jaxpr_as_fun,
-    jaxprs_in_params,
-)
+from jax.extend.core import JaxprEqn, Literal, Primitive, jaxpr_as_fun, jaxprs_in_params
 from jax.extend.core.primitives import (
     call_p,
     closed_call_p,
@@ -34,12 +26,13 @@ from jax.extend.core.primitives import (
 from jax.interpreters import ad, batching, mlir
 
 __all__ = [
-    "CALLED",
+    "CALLS",
     "Equation",
     "Primitive",
     "Program",
     "ShapedArray",
     "branches_of",
+    "called",
     "cond_p",
     "consts_of",
     "define_bilinear",
@@ -54,11 +47,13 @@ __all__ = [
     "read",
     "run_equation",
     "run_program",
+    "scan_body",
     "scan_p",
     "scan_split",
     "set_jit_context",
     "takes_a_slice",
     "while_p",
+    "while_programs",
     "while_split",
 ]
 
@@ -176,10 +171,24 @@ def is_unknown(operand: Any) -> bool:
 
 # --- Traced programs -----------------------------------------------------------------------------
 
-# An open program takes its constants from outside, a closed one carries them. From jax 0.12 on both
-# are one class, so nothing may depend on which of the two a program is.
-Program: TypeAlias = Jaxpr | ClosedJaxpr
 Equation: TypeAlias = JaxprEqn
+
+
+class Program(Protocol):
+    """A traced program.
+
+    An open one takes its constants from outside, a closed one carries them. From jax 0.12 on both
+    are one class, so nothing may depend on which of the two a program is.
+    """
+
+    @property
+    def constvars(self) -> Sequence[Any]: ...
+    @property
+    def invars(self) -> Sequence[Any]: ...
+    @property
+    def outvars(self) -> Sequence[Any]: ...
+    @property
+    def eqns(self) -> Sequence[JaxprEqn]: ...
 
 
 def consts_of(program: Program) -> Sequence[Any]:
@@ -194,7 +203,8 @@ def read(atom: Any, known: Mapping[Any, Any]) -> Any:
 
 def run_program(program: Program, args: Sequence[Any]) -> list[Any]:
     """The results of a closed program."""
-    return jaxpr_as_fun(program)(*args)
+    closed: Any = program
+    return jaxpr_as_fun(closed)(*args)
 
 
 def run_equation(equation: Equation, operands: Sequence[Any]) -> list[Any]:
@@ -213,8 +223,7 @@ def programs_in(equation: Equation) -> Iterator[Program]:
     return jaxprs_in_params(equation.params)
 
 
-# Of each primitive that does nothing but run a program: the parameter that holds the program.
-CALLED: Mapping[Primitive, str] = {
+_CALLED = {
     jit_p: "jaxpr",
     remat_p: "jaxpr",
     call_p: "call_jaxpr",
@@ -222,6 +231,12 @@ CALLED: Mapping[Primitive, str] = {
     custom_jvp_call_p: "call_jaxpr",
     custom_vjp_call_p: "call_jaxpr",
 }
+CALLS = frozenset(_CALLED)  # primitives that do nothing but run a program; see `called`
+
+
+def called(equation: Equation) -> Program:
+    """The program that an equation of one of the `CALLS` runs on its operands."""
+    return equation.params[_CALLED[equation.primitive]]
 
 
 def is_recomputed(equation: Equation) -> bool:
@@ -238,9 +253,20 @@ def scan_split(equation: Equation) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
+def scan_body(equation: Equation) -> tuple[Program, dict[str, Any]]:
+    """The body of a scan, and what else `jax.lax.scan` takes: length, reverse, unroll."""
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
+    return equation.params["jaxpr"], options
+
+
 def while_split(equation: Equation) -> tuple[int, int]:
     """How many operands of a while loop only the condition reads, and then only the body."""
     return equation.params["cond_nconsts"], equation.params["body_nconsts"]
+
+
+def while_programs(equation: Equation) -> tuple[Program, Program]:
+    """The condition and the body of a while loop."""
+    return equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
 
 
 def branches_of(equation: Equation) -> tuple[Sequence[Program], Sequence[Any] | None]:

@@ -14,9 +14,10 @@ from jax.extend.core import Primitive as JaxPrimitive
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
 
 from peft_jax._jax_internals import (
-    CALLED,
+    CALLS,
     ShapedArray,
     branches_of,
+    called,
     cond_p,
     consts_of,
     define_bilinear,
@@ -31,11 +32,13 @@ from peft_jax._jax_internals import (
     read,
     run_equation,
     run_program,
+    scan_body,
     scan_p,
     scan_split,
     set_jit_context,
     takes_a_slice,
     while_p,
+    while_programs,
     while_split,
 )
 
@@ -93,7 +96,7 @@ def test_each_program_says_how_many_constants_it_has():
         jax.make_jaxpr(lambda x: x + TABLE)(X),
         *(program for equation in equations(everything, X) for program in programs_in(equation)),
     ]
-    assert len(programs) > len(CALLED)
+    assert len(programs) > len(CALLS)
     for program in programs:
         assert len(program.constvars) == len(consts_of(program))
 
@@ -137,8 +140,7 @@ def everything(x):
 )
 def test_calls_name_the_program_that_they_run(primitive, function):
     equation = only(primitive, function, X)
-    program = equation.params[CALLED[primitive]]
-    (result,) = run(program, [X])
+    (result,) = run(called(equation), [X])
     np.testing.assert_array_equal(result, 2 * X)
     (found,) = programs_in(equation)
     assert [e.primitive.name for e in found.eqns] == ["add"]
@@ -179,7 +181,9 @@ def test_scan_says_which_operands_are_constants_and_carried(derivative, batched)
     assert sorted(shapes[consts : consts + carried]) == sorted([row] * factor + [()])
     assert shapes[consts + carried :] == [(2, *row)] * factor
     assert len(equation.outvars) == carried + factor
-    assert {"length", "reverse", "unroll", "jaxpr"} <= set(equation.params)
+    body, options = scan_body(equation)
+    assert len(body.invars) == len(equation.invars)
+    assert options == {"length": 2, "reverse": False, "unroll": 1}
 
 
 def test_while_says_which_operands_only_its_condition_or_body_reads():
@@ -189,7 +193,7 @@ def test_while_says_which_operands_only_its_condition_or_body_reads():
     equation = only(while_p, function, X, jnp.float32(3), jnp.ones((2, 3)), jnp.ones((2, 3)))
     assert while_split(equation) == (1, 2)
     assert [atom.aval.shape for atom in equation.invars] == [(), (2, 3), (2, 3), (2, 3)]
-    condition, body = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
+    condition, body = while_programs(equation)
     assert (len(condition.invars), len(body.invars)) == (2, 3)
 
 

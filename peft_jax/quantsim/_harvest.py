@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._jax_internals import (
-    CALLED,
+    CALLS,
     Equation,
     Primitive,
     Program,
     branches_of,
+    called,
     cond_p,
     consts_of,
     define_derivative,
@@ -29,9 +30,11 @@ from peft_jax._jax_internals import (
     read,
     run_equation,
     run_program,
+    scan_body,
     scan_p,
     scan_split,
     while_p,
+    while_programs,
     while_split,
 )
 
@@ -208,33 +211,27 @@ def _inline(equation: Equation, operands: Sequence[Any], state: State, fold: Fol
 
     What a call says of its compilation (layouts, donated buffers, what to compute again) is left.
     """
-    return _run(equation.params[CALLED[equation.primitive]], operands, state, fold)
+    return _run(called(equation), operands, state, fold)
 
 
 def _scan(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
-    params = equation.params
     first, carried = scan_split(equation)
     end = first + carried
+    program, options = scan_body(equation)
 
     def body(carry: tuple[Any, State], row: Sequence[Any]) -> tuple[tuple[Any, State], Any]:
         values, state = carry
-        results, state = _run(params["jaxpr"], [*operands[:first], *values, *row], state, fold)
+        results, state = _run(program, [*operands[:first], *values, *row], state, fold)
         return (results[:carried], state), results[carried:]
 
     (carry, state), stacked = jax.lax.scan(
-        body,
-        (list(operands[first:end]), state),
-        list(operands[end:]),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
+        body, (list(operands[first:end]), state), list(operands[end:]), **options
     )
     return [*carry, *stacked], state
 
 
 def _while(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
-    params = equation.params
-    condition = params["cond_jaxpr"]
+    condition, program = while_programs(equation)
     if refused := _sites_in(condition) & state.keys():
         raise ValueError(
             f"The condition of a while loop notes {sorted(refused)}, and a condition has no "
@@ -249,7 +246,7 @@ def _while(equation: Equation, operands: Sequence[Any], state: State, fold: Fold
 
     def body(carry: tuple[Any, State]) -> Ran:
         values, state = carry
-        return _run(params["body_jaxpr"], [*operands[first:end], *values], state, fold)
+        return _run(program, [*operands[first:end], *values], state, fold)
 
     return jax.lax.while_loop(goes_on, body, (list(operands[end:]), state))
 
@@ -280,7 +277,7 @@ def _refuse(equation: Equation, operands: Sequence[Any], state: State, fold: Fol
 
 _Rule = Callable[[Equation, Sequence[Any], State, Fold], Ran]
 _RULES: Mapping[Primitive, _Rule] = {
-    **dict.fromkeys(CALLED, _inline),
+    **dict.fromkeys(CALLS, _inline),
     _note_p: _fold_note,
     scan_p: _scan,
     while_p: _while,
