@@ -106,8 +106,8 @@ def new_primitive(
 ) -> Primitive:
     """A primitive of one result. `define_derivative` or `define_bilinear` gives it derivatives.
 
-    A primitive is the one way to have a lowering per platform that `jax.export` and ahead-of-time
-    compilation respect, and derivatives that keep what its author chooses.
+    A primitive has a lowering per platform, and derivatives that keep what its author chooses:
+    reverse mode through `jax.lax.platform_dependent` keeps the residuals of every branch.
 
     Args:
       name: shown in traced programs.
