@@ -1,4 +1,4 @@
-"""Settings for every test: strict promotion of dtypes and ranks, and eight virtual CPU devices.
+"""Settings for every test: strict promotion, eight virtual CPU devices, a cache of programs.
 
 Flax's modules keep to both rules in float32. In bfloat16 its normalisation layers (LayerNorm,
 RMSNorm, GroupNorm, InstanceNorm, BatchNorm) and its recurrent cells mix bfloat16 with float32 by
@@ -6,18 +6,28 @@ themselves, so a test that runs one of these in bfloat16 asks for `relaxed_promo
 """
 
 import os
+from importlib import metadata
+from pathlib import Path
 
-# Both are read when JAX is first imported; notebooks and commands that tests start inherit them.
+# All are read when JAX is first imported; notebooks and commands that tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# Every compiled program is kept, however small, for other workers and later runs: most are small.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
 
 
 @pytest.fixture

@@ -149,8 +149,8 @@ def expected_product(combination_type, pairs, weights, scalings, rank, majority=
     root, sign = np.sqrt(np.abs(products)), np.sign(products)
     if kept is None:
         kept = [(trim(a), trim(b)) for a, b in pairs]
-    a = merge([a for a, _ in kept], root, majority)
-    b = merge([b for _, b in kept], sign * root, majority)
+    a = merge([a for a, _ in kept], sign * root, majority)
+    b = merge([b for _, b in kept], root, majority)
     return a @ b
 
 

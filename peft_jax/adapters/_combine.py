@@ -56,15 +56,15 @@ def add_weighted_adapter(
     =======================  =====================================================  =============
     ``cat``                  ``sum_i w_i s_i a_i·b_i``, exactly                     ``sum_i r_i``
     ``svd``                  the best of a rank for that sum                        ``svd_rank``
-    ``linear``               ``(sum_i |c_i| a_i)·(sum_i c_i b_i)``                  all the same
-    ``ties``                 ``ties(a_i, |c_i|)·ties(b_i, c_i)``                    all the same
+    ``linear``               ``(sum_i c_i a_i)·(sum_i |c_i| b_i)``                  all the same
+    ``ties``                 ``ties(a_i, c_i)·ties(b_i, |c_i|)``                    all the same
     ``dare_linear``          ``linear`` of ``dare(a_i)`` and ``dare(b_i)``          all the same
     ``dare_ties``            ``ties`` of ``dare(a_i)`` and ``dare(b_i)``            all the same
     ``magnitude_prune``      ``linear`` of the largest of ``a_i`` and ``b_i``       all the same
     ``ties_svd``, ...        the best for the same of ``s_i a_i·b_i`` and ``w_i``   ``svd_rank``
     =======================  =====================================================  =============
 
-    where ``c_i = sign(w_i s_i) sqrt(|w_i s_i|)``: the sign goes to ``b`` alone, so that one adapter
+    where ``c_i = sign(w_i s_i) sqrt(|w_i s_i|)``: the sign goes to ``a`` alone, so that one adapter
     of a negative weight is subtracted. The factors' sums have terms ``a_i·b_j`` across adapters,
     those of ``cat`` and of every ``svd`` have none.
 

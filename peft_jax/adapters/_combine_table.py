@@ -105,14 +105,14 @@ class Combination:
 
 
 def _one_by_one(row: Combination, settings: Settings, rank: int, terms: Terms) -> Factors:
-    """``a`` of all ``a``, and ``b`` of all ``b``: each gets the root of the weight, b its sign."""
+    """``a`` of all ``a``, and ``b`` of all ``b``: each gets the root of the weight, a its sign."""
     keys = (None, None) if terms.key is None else jax.random.split(terms.key)
     products = terms.weights * terms.scalings
     root = jnp.sqrt(jnp.abs(products))
     a, b = zip(*terms.factors, strict=True)
     return (
-        row.merged(settings, a, root, keys[0]),
-        row.merged(settings, b, jnp.sign(products) * root, keys[1]),
+        row.merged(settings, a, jnp.sign(products) * root, keys[0]),
+        row.merged(settings, b, root, keys[1]),
     )
 
 

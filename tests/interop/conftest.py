@@ -1,15 +1,8 @@
-"""Peers do not keep to strict promotion, so their tests run with JAX's own rules."""
+"""Tests against peers: `torch_peers` and `jax_peers` run in environments of their own."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
 def peers_promotion(relaxed_promotion):
-    """Applies `relaxed_promotion` to every test in this folder."""
-
-
-@pytest.fixture(autouse=True)
-def peers_draws():
-    """What peers draw is the same in every run."""
-    torch.manual_seed(0)
+    """Peers do not keep to strict promotion, so their tests run with JAX's own rules."""

@@ -493,6 +493,8 @@ UP, DOWN, MIX = (EXPERTS, WIDTH, MIDDLE), (EXPERTS, MIDDLE, WIDTH), (7, WIDTH)
 
 
 class TorchExperts(torch.nn.Module):
+    is_transposed = True  # how `peft` is told that `up` and `down` are (experts, in, out)
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down, self.mix = (

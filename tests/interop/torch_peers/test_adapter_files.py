@@ -380,3 +380,34 @@ def test_parameters_of_experts(options: Options, tmp_path: Path) -> None:
     again = hf_peft.PeftModel.from_pretrained(pair.peer.torch_model(), tmp_path / "ours").eval()
     logits = pair.peer.their_logits(again).detach().numpy()
     np.testing.assert_allclose(logits, pair.peer.their_logits(pair.theirs).detach(), rtol=1e-5)
+
+
+class OutputsFirst(torch.nn.Module):
+    """The same experts with matrices (experts, out, in), which is what `peft` takes them for."""
+
+    def __init__(self, experts: Any) -> None:
+        super().__init__()
+        self.up, self.down = (
+            torch.nn.Parameter(matrices.detach().mT.contiguous())
+            for matrices in (experts.up, experts.down)
+        )
+        self.mix = experts.mix
+
+    def forward(self, x: Any) -> Any:
+        hidden = torch.tanh(torch.einsum("bi,emi->bem", x, self.up))
+        y = torch.einsum("bem,eom->beo", hidden, self.down)
+        return torch.einsum("beo,mo->bem", y, self.mix)
+
+
+def test_experts_with_outputs_first_have_the_same_file(tmp_path: Path) -> None:
+    options: Options = {"target_modules": [], "target_parameters": ["up", "down"], "r": 4}
+    pair = adapted(experts_peer(), **options)
+    model = pair.peer.torch_model()
+    model.moe.experts = OutputsFirst(model.moe.experts)
+    theirs = hf_peft.get_peft_model(model, hf_peft.LoraConfig(**options)).eval()
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    lora, config = load_adapter(tmp_path, specs=pair.specs)
+    ours = peft.get_peft_model(pair.peer.ours, config)
+    pair = dataclasses.replace(pair, theirs=theirs)
+    assert_same_logits(pair, ours, with_adapter(pair, lora))
