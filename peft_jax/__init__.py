@@ -1,57 +1,71 @@
 """Parameter-efficient fine-tuning of Flax Linen models."""
 
-from peft_jax._adapters import (
-    LoRAConvAdapter,
-    LoRADenseAdapter,
-    LoRADenseGeneralAdapter,
-    LoRAEinsumAdapter,
-    LoRAEmbedAdapter,
-)
-from peft_jax._checkpoint import dequantize_checkpoint, quantize_checkpoint
-from peft_jax._config import LoraConfig
-from peft_jax._config_parts import CordaConfig, EvaConfig, LoftQConfig, PeftType, TaskType
-from peft_jax._interceptor import Interceptor, ModuleInterceptor
-from peft_jax._lora import (
-    LoRAConv,
-    LoRADense,
-    LoRADenseGeneral,
-    LoRAEinsum,
-    LoRAEmbed,
-    LoRAWeight,
-)
-from peft_jax._methods import QuantizationMethod
-from peft_jax._model import layer_specs, lora_specs
-from peft_jax._named import (
-    adapter_names,
-    add_adapter,
-    delete_adapter,
-    disable_adapters,
-    enable_adapters,
-    get_adapter,
-    rename_adapter,
-)
-from peft_jax._params import fuse_params, merge_params, split_params
-from peft_jax._peft_model import PeftModel, get_peft_model
-from peft_jax._quantize import dequantize, quantize, simulate_quantize
-from peft_jax._quantized import (
+from peft_jax._config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, PeftType, TaskType
+from peft_jax._layers import (
     Int4Conv,
     Int4Dense,
     Int4DenseGeneral,
     Int4Einsum,
     Int4Embed,
+    LoRAConv,
+    LoRAConvAdapter,
+    LoRADense,
+    LoRADenseAdapter,
+    LoRADenseGeneral,
+    LoRADenseGeneralAdapter,
+    LoRAEinsum,
+    LoRAEinsumAdapter,
+    LoRAEmbed,
+    LoRAEmbedAdapter,
+    LoRAWeight,
     SimulateQuantizedConv,
     SimulateQuantizedDense,
     SimulateQuantizedDenseGeneral,
     SimulateQuantizedEinsum,
     SimulateQuantizedEmbed,
 )
-from peft_jax._registry import register_layer
-from peft_jax._specs import LayerSpec, LoraSpec
-from peft_jax._status import AdapterRow, AdapterStatus, adapter_status
-from peft_jax._stored import StoredValues
-from peft_jax._summary import Summary, SummaryRow, summarize
-from peft_jax._trainable import print_trainable_parameters, trainable_mask
-from peft_jax._unfuse import unfuse_params
+from peft_jax._model import (
+    AdapterRow,
+    AdapterStatus,
+    PeftModel,
+    Summary,
+    SummaryRow,
+    adapter_names,
+    adapter_status,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    get_adapter,
+    get_peft_model,
+    print_trainable_parameters,
+    rename_adapter,
+    summarize,
+    trainable_mask,
+)
+from peft_jax._numerics import (
+    QuantizationMethod,
+    StoredValues,
+    dequantize,
+    quantize,
+    simulate_quantize,
+)
+from peft_jax._spec import LayerSpec, LoraSpec
+from peft_jax._surgery import (
+    Interceptor,
+    ModuleInterceptor,
+    layer_specs,
+    lora_specs,
+    register_layer,
+)
+from peft_jax._trees import (
+    dequantize_checkpoint,
+    fuse_params,
+    merge_params,
+    quantize_checkpoint,
+    split_params,
+    unfuse_params,
+)
 from peft_jax.adapters import (
     AdapterBank,
     CombinedLora,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import peft_jax as peft
 from peft_jax import load_adapter, save_adapter
-from peft_jax.io._adapter_names import Renames
+from peft_jax.io.huggingface.module_names import Renames
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -1,111 +1,43 @@
-"""The order of the rooms: imports point down, and only public names of other libraries are used."""
+"""The nine floors: imports point down, through faces, and name only what is public elsewhere."""
 
 import ast
-import re
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "peft_jax"
 
-# From top to bottom; a room imports only from lines below its own. The package's `__init__` is a
-# room too: the demo above it uses the package as everyone does.
+# From top to bottom, as in docs/architecture.md. A wing imports only from floors below its own.
 FLOORS = (
-    ("__main__",),
-    ("cli", "demo"),
-    ("__init__",),
-    ("quantsim",),
-    ("io",),
-    ("adapters",),
-    ("initializers",),
-    ("_status",),
-    ("_summary",),
-    ("_peft_model",),
-    ("_several",),
-    ("_named",),
-    ("_adapted_checks",),
-    ("_trainable",),
-    ("_replication",),
-    ("_bank_rule",),
-    ("_targeting",),
-    ("_tokens",),
-    ("_first_values",),
-    ("_target_checks",),
-    ("_targets",),
-    ("_config",),
-    ("_config_parts",),
-    ("_config_checks",),
+    ("demo", "__main__"),
+    ("cli", "quantsim", "__init__"),
+    ("io", "initializers", "adapters"),
     ("_model",),
-    ("_unfuse",),
-    ("_params",),
-    ("_checkpoint",),
-    ("_stored_trees",),
-    ("_lora",),
-    ("_weight_rule",),
-    ("_lora_rules",),
-    ("_placed",),
-    ("_normalised",),
-    ("_adapters",),
-    ("_adapter",),
-    ("_quantized",),
-    ("_quantized_rules",),
-    ("_wrapper",),
-    ("_spec_box",),
-    ("_interceptor",),
-    ("_host",),
-    ("_reading",),
-    ("_retraced",),
-    ("_state",),
-    ("_rules",),
-    ("_registry",),
-    ("_flax_internals",),
+    ("_layers",),
+    ("_surgery",),
     ("_trees",),
-    ("_matrices",),
-    ("_stacked",),
-    ("_low_rank",),
-    ("_magnitude",),
-    ("_weight",),
-    ("_quantized_dot",),
-    ("_products",),
-    ("_tiled_einsum",),
-    ("_tiles",),
-    ("_quantize",),
-    ("_placement",),
-    ("_einsum",),
-    ("_stored",),
-    ("_methods",),
-    ("_names",),
-    ("_jax_internals",),
-    ("_specs",),
-    ("_equation",),
+    ("_numerics",),
+    ("_spec", "_config"),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-ARRAYS_ONLY = {
-    "_einsum",
-    "_jax_internals",
-    "_low_rank",
-    "_magnitude",
-    "_methods",
-    "_placement",
-    "_products",
-    "_quantize",
-    "_quantized_dot",
-    "_stored",
-    "_tiled_einsum",
-    "_tiles",
-    "_weight",
+FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
+# What a wing may not import, besides the wings above it.
+FOREIGN = {
+    "_spec": {"jax", "jaxlib", "flax", "optax"},
+    "_config": {"jax", "jaxlib", "flax", "optax"},
 }
 # What libraries export and do not document, by its dotted name (or the end of it) or as the name of
-# any attribute, and the room in which it may stand.
+# any attribute, and the one file in which it may stand.
 UNDOCUMENTED = {
-    "_jax_internals": (
+    Path("_numerics/jax_internals.py"): {
         "jax.core",
         "jax.extend",
         "jax.interpreters",
         "jax.make_user_context",
-    ),
-    "_flax_internals": (
+    },
+    Path("_surgery/flax_internals.py"): {
         "__module__",
         "debug_path",
         "flax.core.Scope",
@@ -118,116 +50,158 @@ UNDOCUMENTED = {
         "rngs",
         "scope.root",
         "temporary",
-    ),
+    },
 }
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
-def room_of(path: Path) -> str:
-    """`peft_jax/io/files.py` stands in the room `io`, `peft_jax/_lora.py` in `_lora`."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+class Import(NamedTuple):
+    """``from module import name``, or ``import module`` with no name."""
+
+    module: tuple[str, ...]
+    name: str | None
+    line: int
 
 
-def imported_names(source: str, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yields every name that `source`, a module of `package`, imports: `("jax", "numpy")`."""
-    for node in ast.walk(ast.parse(source)):
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    """Each file is read once, whatever the number of tests."""
+    return ast.parse((PACKAGE / file).read_text())
+
+
+@functools.cache
+def imports(file: Path) -> tuple[Import, ...]:
+    """All imports of a file, those inside of functions too."""
+    return tuple(imports_in(parsed(file), (PACKAGE.name, *file.parent.parts)))
+
+
+def imports_in(tree: ast.Module, package: tuple[str, ...]) -> Iterator[Import]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (tuple(alias.name.split(".")) for alias in node.names)
+            for alias in node.names:
+                yield Import(tuple(alias.name.split(".")), None, node.lineno)
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else ()
-            module = tuple(node.module.split(".")) if node.module else ()
-            yield from (start + module + (alias.name,) for alias in node.names)
+            module = start + (tuple(node.module.split(".")) if node.module else ())
+            for alias in node.names:
+                yield Import(module, alias.name, node.lineno)
 
 
-def imports_of(path: Path) -> set[tuple[str, ...]]:
-    package = path.relative_to(PACKAGE.parent).parent.parts
-    return set(imported_names(path.read_text(), package))
+def wing_of(file: Path) -> str:
+    """`io/gguf/names.py` stands in the wing `io`, `__init__.py` at the root in `__init__`."""
+    return file.parts[0].removesuffix(".py")
 
 
-def rooms_imported_by(path: Path) -> set[str]:
-    """The rooms that a file looks into; a public name of the package is found in its `__init__`."""
-    own = {name[1:] for name in imports_of(path) if name[0] == PACKAGE.name}
-    return {name[0] if name and name[0] in FLOOR_OF else "__init__" for name in own}
+def target(found: Import) -> Path | None:
+    """The file of the package that an import runs; None for other libraries."""
+    if found.module[0] != PACKAGE.name:
+        return None
+    inside = Path(*found.module[1:])
+    candidates = [inside / "__init__.py", inside.with_suffix(".py") if inside.name else inside]
+    if found.name is not None:
+        candidates = [inside / found.name / "__init__.py", inside / f"{found.name}.py", *candidates]
+    return next(candidate for candidate in candidates if candidate in FILES)
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+def face_of(file: Path) -> Path:
+    """The file through which other wings import what stands in ``file``.
+
+    That is the `__init__.py` of a private wing. In a public wing it is the file itself, unless
+    its name, or that of a folder around it, is private: then it is the nearest face above.
+    """
+    parts = file.parts
+    private = next((i for i, part in enumerate(parts) if part[0] == "_" and part[1] != "_"), None)
+    if private is None:
+        return file
+    if private == 0 and len(parts) > 1:
+        return Path(parts[0], "__init__.py")
+    return Path(*parts[:private], "__init__.py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_point_down(path):
-    room = room_of(path)
-    assert room in FLOOR_OF, f"{name_of(path)} has no place in FLOORS: give {room!r} a floor here."
-    for other in rooms_imported_by(path) - {room}:
-        below = FLOOR_OF[other] > FLOOR_OF[room]
-        assert below, f"{name_of(path)} imports {other}, which does not lie below {room}."
+@pytest.mark.parametrize("wing", sorted(FLOOR_OF))
+def test_imports_point_down_and_go_through_faces(wing):
+    for file in (file for file in FILES if wing_of(file) == wing):
+        for found in imports(file):
+            where = f"{file}:{found.line}"
+            library = found.module[0]
+            assert library not in FOREIGN.get(wing, ()), f"{where}: {wing} imports {library}."
+            other = target(found)
+            if other is None or wing_of(other) == wing:
+                continue
+            below = FLOOR_OF[wing_of(other)] > FLOOR_OF[wing]
+            assert below, f"{where} imports {other}, which does not lie below {wing}."
+            face = face_of(other)
+            assert other == face, f"{where} imports {other} past its face, {face}."
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_other_libraries_are_used_by_their_public_names(path):
-    for name in imports_of(path):
-        if name[0] not in {PACKAGE.name, "__future__"}:
-            private = [part for part in name if part.startswith("_")]
-            assert not private, f"{name_of(path)} imports {'.'.join(name)}, which is private."
+def test_every_file_stands_in_a_wing():
+    for file in FILES:
+        assert wing_of(file) in FLOOR_OF, f"{file}: give {wing_of(file)!r} a floor in FLOORS."
+    root = {file.name for file in FILES if len(file.parts) == 1}
+    assert root == {"__init__.py", "__main__.py"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_no_private_attributes_of_other_libraries(path):
+def test_files_of_private_wings_carry_no_underscore():
+    for file in FILES:
+        if file.parts[0].startswith("_") and len(file.parts) > 1:
+            private = [part for part in file.parts[1:] if part[0] == "_" and part != "__init__.py"]
+            assert not private, f"{file} stands in a private wing already."
+
+
+@pytest.mark.parametrize("wing", sorted(wing for wing in FLOOR_OF if wing[:2] != "__"))
+def test_faces_only_re_export(wing):
+    faces = [file for file in FILES if wing_of(file) == wing and file.name == "__init__.py"]
+    for file in (*faces, Path("__init__.py")):
+        for node in parsed(file).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            dunder = isinstance(node, ast.Assign) and all(
+                isinstance(name, ast.Name) and name.id[:2] == "__" for name in node.targets
+            )
+            allowed = docstring or dunder or isinstance(node, ast.Import | ast.ImportFrom)
+            assert allowed, f"{file}:{node.lineno} does more than re-export: {ast.unparse(node)}"
+
+
+def test_other_libraries_are_used_by_their_public_names():
     """`nn._x` and `jax._src` are private, however they are reached."""
     roots = {"jax", "jnp", "lax", "nn", "flax", "optax", "orbax"}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
-            start = node.value
-            while isinstance(start, ast.Attribute):
-                start = start.value
-            named = isinstance(start, ast.Name) and start.id in roots
-            dunder = node.attr.startswith("__")
-            assert dunder or not named, f"{name_of(path)}:{node.lineno} uses {ast.unparse(node)}."
+    for file in FILES:
+        for found in imports(file):
+            if found.module[0] not in {PACKAGE.name, "__future__"}:
+                parts = (*found.module, found.name or "")
+                private = [part for part in parts if part.startswith("_")]
+                assert not private, f"{file}:{found.line} imports {'.'.join(parts)}."
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Attribute) and node.attr[0] == "_" and node.attr[1] != "_":
+                start = node.value
+                while isinstance(start, ast.Attribute):
+                    start = start.value
+                named = isinstance(start, ast.Name) and start.id in roots
+                assert not named, f"{file}:{node.lineno} uses {ast.unparse(node)}."
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_what_is_undocumented_stands_in_one_file(path):
-    used = {".".join(name[:end]) for name in imports_of(path) for end in (2, 3)}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute):
-            name = ast.unparse(node)
-            used |= {name, ".".join(name.split(".")[-2:]), node.attr}
-    for room in UNDOCUMENTED.keys() - {room_of(path)}:
-        found = used & set(UNDOCUMENTED[room])
-        assert not found, f"{name_of(path)} uses {found}: give it a function in {room}.py."
+def test_what_is_undocumented_stands_in_one_file():
+    for file in FILES:
+        used: set[str] = set()
+        for found in imports(file):
+            parts = (*found.module, *filter(None, [found.name]))
+            used |= {".".join(parts[:end]) for end in (2, 3)}
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Attribute):
+                name = ast.unparse(node)
+                used |= {name, ".".join(name.split(".")[-2:]), node.attr}
+        for home in UNDOCUMENTED.keys() - {file}:
+            found_here = used & UNDOCUMENTED[home]
+            assert not found_here, f"{file} uses {found_here}: give it a function in {home}."
 
 
-@pytest.mark.parametrize("room", ["_equation", "_specs"])
-def test_plain_data_knows_no_array_library(room):
-    libraries = {name[0] for name in imports_of(PACKAGE / f"{room}.py")}
-    assert not libraries & {"jax", "jaxlib", "flax", "optax"}
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room_of(path) in ARRAYS_ONLY], ids=name_of
-)
-def test_rooms_of_arrays_know_no_modules(path):
-    assert "flax" not in {name[0] for name in imports_of(path)}
-
-
-def test_the_package_only_re_exports():
-    statements = ast.parse((PACKAGE / "__init__.py").read_text()).body
-    for node in statements:
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        dunder = isinstance(node, ast.Assign) and all(
-            isinstance(target, ast.Name) and target.id.startswith("__") for target in node.targets
-        )
-        allowed = docstring or dunder or isinstance(node, ast.Import | ast.ImportFrom)
-        assert allowed, f"__init__.py:{node.lineno} does more than re-export: {ast.unparse(node)}"
-
-
-def test_relative_imports_resolve():
-    names = set(imported_names("from . import _lora\nfrom .._params import split", ("pkg", "io")))
-    assert names == {("pkg", "io", "_lora"), ("pkg", "_params", "split")}
-
-
-def test_the_readme_names_every_room():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    listing = readme.split("## How it is built")[1].split("\ntests/")[0]
-    listed = set(re.findall(r"^  (\w+)(?:\.py|/) ", listing, re.MULTILINE))
-    assert listed == {room_of(path) for path in FILES}
+def test_what_the_tests_read_is_what_python_imports():
+    source = "from . import x\nfrom ..y import z\ndef f():\n  import jax.numpy"
+    found = list(imports_in(ast.parse(source), ("pkg", "io")))
+    assert [one[:2] for one in found] == [
+        (("pkg", "io"), "x"),
+        (("pkg", "y"), "z"),
+        (("jax", "numpy"), None),
+    ]
+    assert face_of(Path("_trees/paths.py")) == Path("_trees/__init__.py")
+    assert face_of(Path("quantsim/_grid.py")) == Path("quantsim/__init__.py")
+    assert face_of(Path("io/files/atomic.py")) == Path("io/files/atomic.py")

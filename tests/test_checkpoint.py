@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
 from peft_jax import LayerSpec, QuantizationMethod, StoredValues
-from peft_jax._quantize import blocks_of, encode, packed_axis
+from peft_jax._numerics import blocks_of, encode, packed_axis
 
 METHODS = [method for method in QuantizationMethod if method != "none"]
 DENSE = LayerSpec("...i,io->...o", "dense")
@@ -972,7 +972,7 @@ def growth(monkeypatch):
     def run(function, *args, **kwargs):
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr("peft_jax._checkpoint.tqdm.update", lambda *_: found.append(alive()))
+            patch.setattr("peft_jax._trees.quantize.tqdm.update", lambda *_: found.append(alive()))
             before = alive()
             return function(*args, **kwargs), np.asarray(found) - before
 

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 import peft_jax
 from peft_jax.cli import main
-from peft_jax.cli._commands import COMMANDS
+from peft_jax.cli._options import COMMANDS
 
 COMMAND = [sys.executable, "-m", "peft_jax"]
 
@@ -386,7 +386,7 @@ def test_an_error_in_the_middle_leaves_nothing(base, tmp_path, capsys):
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_ctrl_c_in_the_middle_leaves_nothing(format, base, tmp_path, capsys, monkeypatch):
     """And what was there before stays."""
-    from peft_jax.cli import _encoding
+    from peft_jax.io.checkpoints import quantize as encoding
 
     output = tmp_path / "small"
     command = ["quantize", base, output, "--method", "int8", "--format", format, "--force"]
@@ -399,8 +399,8 @@ def test_ctrl_c_in_the_middle_leaves_nothing(format, base, tmp_path, capsys, mon
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    encode = _encoding.encode
-    monkeypatch.setattr(_encoding, "encode", interrupt)
+    encode = encoding.encode
+    monkeypatch.setattr(encoding, "encode", interrupt)
     status, _, err = run(capsys, *command)
     assert status == 130
     assert "interrupted" in err
@@ -414,19 +414,19 @@ def test_a_process_that_is_stopped_leaves_nothing(number, status, tmp_path):
     save_file(tensors, tmp_path / "base.safetensors")
     program = f"""
 import os, signal, sys
-from peft_jax.cli import _encoding, main
+from peft_jax.cli import encoding, main
 
 # What a shell starts in the background ignores the signal, and passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def encode(*arguments, encode=_encoding.encode, calls=[]):
+def encode(*arguments, encode=encoding.encode, calls=[]):
     calls.append(arguments)
     if len(calls) == 2:
         assert len(os.listdir()) == 2  # what is written lies beside its place
         os.kill(os.getpid(), {number})
     return encode(*arguments)
 
-_encoding.encode = encode
+encoding.encode = encode
 sys.exit(main(["quantize", "base.safetensors", "small.safetensors", "--method", "nf4"]))
 """
     command = [sys.executable, "-c", program]

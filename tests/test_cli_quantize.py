@@ -27,9 +27,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
-from peft_jax.cli import _encoding
-from peft_jax.cli._checkpoints import open_checkpoint
-from peft_jax.io._safetensors import TensorStream, write_safetensors
+from peft_jax.io.checkpoints import quantize as encoding
+from peft_jax.io.checkpoints.read import open_checkpoint
+from peft_jax.io.files.safetensors import TensorStream, write_safetensors
 
 METHODS = ("q4_0", "q4_0_transpose", "int4", "int8", "nf4", "sfp8")
 
@@ -80,7 +80,7 @@ def test_leaf_for_leaf_as_quantize_checkpoint(method, tmp_path, capsys):
 @pytest.mark.parametrize("method", METHODS)
 def test_slices_of_rows_change_nothing(method, tmp_path, capsys, monkeypatch):
     """Blocks lie across the middle, where bytes are divided, and across the ends of slices."""
-    monkeypatch.setattr(_encoding, "_CHUNK", 64 * 40)
+    monkeypatch.setattr(encoding, "_CHUNK", 64 * 40)
     checked_against_the_library({"a/kernel": numbers(192, 64)}, method, tmp_path, capsys)
 
 
@@ -90,7 +90,7 @@ def test_slices_of_rows_change_nothing(method, tmp_path, capsys, monkeypatch):
 )
 def test_torch_layout_has_blocks_along_the_inputs(method, tmp_path, capsys, monkeypatch):
     """Equal to what the transposed kernel becomes by the method with blocks along the inputs."""
-    monkeypatch.setattr(_encoding, "_CHUNK", 60 * 192)
+    monkeypatch.setattr(encoding, "_CHUNK", 60 * 192)
     tensors = {"fc.weight": numbers(96, 192)}
     save_file(tensors, tmp_path / "in.safetensors")
     output = tmp_path / "out.safetensors"

@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 import pytest
 
-from peft_jax import _config
 from peft_jax._config import (
     CordaConfig,
     EvaConfig,
@@ -20,6 +19,7 @@ from peft_jax._config import (
     LoraRuntimeConfig,
     PeftType,
     TaskType,
+    lora_config,
 )
 
 # Written by Hugging Face's `save_pretrained`, field by field, for `LoraConfig()`.
@@ -437,7 +437,7 @@ def test_an_unfinished_file_does_not_replace_a_finished_one(tmp_path, monkeypatc
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(_config.os, "replace", fail)
+    monkeypatch.setattr(lora_config.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         LoraConfig(r=5).save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["adapter_config.json"]
@@ -453,7 +453,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("field", FOREIGN)
 def test_options_that_mean_nothing_on_jax_are_told_once(field, monkeypatch):
-    monkeypatch.setattr(_config, "_TOLD", set())
+    monkeypatch.setattr(lora_config, "_TOLD", set())
     with pytest.warns(UserWarning, match=rf"LoraConfig\.{field}.* means nothing on JAX") as told:
         config = LoraConfig(**{field: FOREIGN[field]})
     assert told[0].filename == __file__
@@ -465,7 +465,7 @@ def test_options_that_mean_nothing_on_jax_are_told_once(field, monkeypatch):
 
 
 def test_runtime_config_is_no_part_of_files(monkeypatch):
-    monkeypatch.setattr(_config, "_TOLD", {"runtime_config.ephemeral_gpu_offload"})
+    monkeypatch.setattr(lora_config, "_TOLD", {"runtime_config.ephemeral_gpu_offload"})
     offload = types.SimpleNamespace(ephemeral_gpu_offload=True)
     for given in (offload, {"ephemeral_gpu_offload": True}):
         config = LoraConfig(runtime_config=given)

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from peft_jax import LoraSpec
-from peft_jax._equation import (
+from peft_jax._spec import (
     conv_equation,
     dense_general_equation,
     normalize_axes,

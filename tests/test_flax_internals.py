@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from peft_jax._flax_internals import (
+from peft_jax._surgery import (
     Scope,
     bind_in_place,
     child_scope,

@@ -391,12 +391,12 @@ def test_models_hold_layers(model, x, paths):
 @pytest.fixture
 def registered():
     """`Projection` as a registered layer, for this test alone."""
-    from peft_jax import _registry
+    from peft_jax._surgery import layer_kinds
 
-    before = dict(_registry._LAYERS)
+    before = dict(layer_kinds._LAYERS)
     yield
-    _registry._LAYERS.clear()
-    _registry._LAYERS.update(before)
+    layer_kinds._LAYERS.clear()
+    layer_kinds._LAYERS.update(before)
 
 
 def test_adapters_in_one_scope_have_names_of_their_own():

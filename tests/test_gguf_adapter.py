@@ -13,8 +13,8 @@ from flax import linen as nn
 from helpers import numbers
 
 import peft_jax as peft
-from peft_jax.io._gguf_adapter import export_gguf_adapter
-from peft_jax.io._gguf_adapter_load import load_gguf_adapter
+from peft_jax.io.gguf.load_adapter import load_gguf_adapter
+from peft_jax.io.gguf.save_adapter import export_gguf_adapter
 
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
 META = {

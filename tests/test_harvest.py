@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.extend.core.primitives import call_p, closed_call_p
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peft_jax.quantsim._harvest import folded, note
+from peft_jax._surgery import folded, note
 
 LAYERS, ROWS, FEATURES, BINS = 4, 8, 6, 64
 SITE = "layers/in"

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import peft_jax as peft
 from peft_jax import LoraSpec
 from peft_jax._config import CordaConfig, EvaConfig, LoftQConfig
-from peft_jax._stacked import spec_norms
+from peft_jax._numerics import spec_norms
 from peft_jax.initializers import (
     init_lora_weights,
     replace_lora_weights_loftq,

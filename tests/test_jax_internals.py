@@ -13,7 +13,7 @@ import pytest
 from jax.extend.core import Primitive as JaxPrimitive
 from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
 
-from peft_jax._jax_internals import (
+from peft_jax._numerics import (
     CALLS,
     ShapedArray,
     branches_of,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from peft_jax._low_rank import delta, low_rank_product, matricize, unmatricize
+from peft_jax._numerics import delta, low_rank_product, matricize, unmatricize
 
 DENSE = ("...i,ir->...r", "...r,ro->...o")
 CASES = {

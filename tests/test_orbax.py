@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import peft_jax as peft
-from peft_jax.io._orbax import restore_orbax, save_orbax
+from peft_jax.io.orbax.checkpoint import restore_orbax, save_orbax
 
 X = numbers(2, 8)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import peft_jax as peft
-from peft_jax._methods import METHODS as TABLE
-from peft_jax._stored import Layout, halves
+from peft_jax._numerics import METHODS as TABLE
+from peft_jax._numerics import Layout, halves
 
 BLOCKS = {"q4_0": (-1, 32), "q4_0_transpose": (-2, 32), "nf4": (-2, 64)}
 CHANNELS = ("int4", "int8", "sfp8")

@@ -12,9 +12,15 @@ from flax import linen as nn
 from helpers import WRAPPERS, compiled, intercepting, numbers, scattered
 
 import peft_jax as peft
-from peft_jax._methods import METHODS
-from peft_jax._quantized_dot import quantized_einsum, quantized_rows
-from peft_jax._stored import Layout, StoredValues, pack, unpack
+from peft_jax._numerics import (
+    METHODS,
+    Layout,
+    StoredValues,
+    pack,
+    quantized_einsum,
+    quantized_rows,
+    unpack,
+)
 
 CHANNELS = tuple(name for name, method in METHODS.items() if method.block is None)
 BLOCKS = tuple(name for name in METHODS if name not in CHANNELS)

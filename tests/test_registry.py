@@ -7,16 +7,16 @@ from flax import linen as nn
 from helpers import RANK, check_adapts, initialise, numbers, shapes
 
 import peft_jax as peft
-from peft_jax import _registry
+from peft_jax._surgery import layer_kinds
 
 
 @pytest.fixture(autouse=True)
 def _restored():
     """Whatever a test registers is forgotten after it."""
-    before = dict(_registry._LAYERS)
+    before = dict(layer_kinds._LAYERS)
     yield
-    _registry._LAYERS.clear()
-    _registry._LAYERS.update(before)
+    layer_kinds._LAYERS.clear()
+    layer_kinds._LAYERS.update(before)
 
 
 X = numbers(2, 3, 4)
@@ -222,10 +222,10 @@ BAD = {
 
 @pytest.mark.parametrize(("args", "kwargs", "match"), BAD.values(), ids=BAD)
 def test_bad_registrations_raise_and_change_nothing(args, kwargs, match):
-    before = dict(_registry._LAYERS)
+    before = dict(layer_kinds._LAYERS)
     with pytest.raises(ValueError, match=match):
         peft.register_layer(*args, **kwargs)
-    assert before == _registry._LAYERS
+    assert before == layer_kinds._LAYERS
 
 
 WRONG = {

@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_jax.io._safetensors import SafetensorsFile, TensorStream, write_safetensors
+from peft_jax.io.files.safetensors import SafetensorsFile, TensorStream, write_safetensors
 
 DTYPES = [
     *("bool", "uint8", "int8", "int16", "uint16", "float16", "int32", "uint32", "float32"),

@@ -10,8 +10,8 @@ import pytest
 from flax import linen as nn
 
 import peft_jax as peft
-from peft_jax._matrices import MatrixView
-from peft_jax._targets import rank_of
+from peft_jax._config import rank_of
+from peft_jax._numerics import MatrixView
 from peft_jax.initializers._observe import Observation, Observer
 
 KEY = jax.random.key(0)

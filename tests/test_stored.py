@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peft_jax as peft
-from peft_jax._stored import Layout, as_stored, halves, pack, unpack, weight_shape
+from peft_jax._numerics import Layout, as_stored, halves, pack, unpack, weight_shape
 
 FOUR_BITS = ("int4", "q4_0", "q4_0_transpose", "nf4")
 METHODS = (*FOUR_BITS, "int8", "sfp8")

@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-from peft_jax._config import LoraConfig
-from peft_jax._target_checks import check_entries
-from peft_jax._targets import (
+from peft_jax._config import (
     TARGETS_BY_MODEL_TYPE,
+    LoraConfig,
     alpha_of,
+    check_entries,
     is_all_linear,
     is_saved,
     layer_index,

@@ -12,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax._bank_rule import BIASED, DECOMPOSED, SCALING
-from peft_jax._jax_internals import is_traced
-from peft_jax._names import check_adapter_name
-from peft_jax._params import merge_params
-from peft_jax._specs import LoraSpec
+from peft_jax._numerics import Slots, is_traced
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import check_adapter_name, merge_params
 from peft_jax.adapters._bank_entries import (
     Leaves,
     Specs,
@@ -28,8 +26,8 @@ from peft_jax.adapters._bank_entries import (
     leaves_of,
     nested,
 )
+from peft_jax.adapters._bank_rule import BIASED, DECOMPOSED, SCALING
 from peft_jax.adapters._selection import Selection
-from peft_jax.adapters._slots import Slots
 
 Array = jax.Array
 

@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from peft_jax._names import BANK
-from peft_jax._params import check_specs
-from peft_jax._specs import LoraSpec
-from peft_jax._trees import children, is_branch
-from peft_jax.adapters._slots import Slots
+from peft_jax._numerics import Slots
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import BANK, check_specs, children, is_branch
 
 Array = jax.Array
 Specs = Mapping[str, LoraSpec]

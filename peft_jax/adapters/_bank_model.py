@@ -6,9 +6,8 @@ from typing import Any
 
 from flax import linen as nn
 
-from peft_jax._bank_rule import banked
-from peft_jax._interceptor import ModuleInterceptor
-from peft_jax._wrapper import Transparent
+from peft_jax._surgery import ModuleInterceptor, Transparent
+from peft_jax.adapters._bank_rule import banked
 from peft_jax.adapters._selection import Selection
 
 

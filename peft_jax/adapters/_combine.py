@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from peft_jax._names import is_adapter
-from peft_jax._specs import LoraSpec
-from peft_jax._trees import Path, children, containers, is_branch, rebuild, slashed
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import Path, children, containers, is_adapter, is_branch, rebuild, slashed
 from peft_jax.adapters._combine_arguments import check_key, checked_settings, finite_weights
 from peft_jax.adapters._combine_layers import CALLER, Member, check_members, combine_members
 from peft_jax.adapters._combine_table import COMBINATIONS

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax._jax_internals import is_traced
+from peft_jax._numerics import is_traced
 from peft_jax.adapters._combine_layers import CALLER
 from peft_jax.adapters._combine_table import Settings
 from peft_jax.adapters._sparsify import MAJORITY_SIGN_METHODS

@@ -13,13 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from peft_jax._einsum import widest
-from peft_jax._jax_internals import is_traced
-from peft_jax._low_rank import matricize
-from peft_jax._matrices import MatrixView, rank_letter
-from peft_jax._placement import named_sharding, sharded_like, without_explicit_axes
-from peft_jax._specs import LoraSpec
-from peft_jax._stacked import stack_first
+from peft_jax._numerics import (
+    MatrixView,
+    is_traced,
+    matricize,
+    named_sharding,
+    rank_letter,
+    sharded_like,
+    stack_first,
+    widest,
+    without_explicit_axes,
+)
+from peft_jax._spec import LoraSpec
 from peft_jax.adapters._combine_table import (
     COMBINATIONS,
     Combination,

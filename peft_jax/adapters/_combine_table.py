@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax._matrices import padded
+from peft_jax._numerics import padded
 from peft_jax.adapters._sparsify import (
     elected_mean,
     keep_all,

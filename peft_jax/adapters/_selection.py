@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from peft_jax._bank_rule import GROUP, SCALING, SLOTS
-from peft_jax.adapters._slots import Slots
+from peft_jax._numerics import Slots
+from peft_jax.adapters._bank_rule import GROUP, SCALING, SLOTS
 
 Array = jax.Array
 

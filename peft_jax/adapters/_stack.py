@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from peft_jax._names import check_adapter_name
-from peft_jax._specs import LoraSpec
-from peft_jax._stacked import adapter_shapes, stack_back, stack_first
+from peft_jax._numerics import Slots, adapter_shapes, stack_back, stack_first
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import check_adapter_name
 from peft_jax.adapters._bank import AdapterBank
 from peft_jax.adapters._bank_entries import (
     Entries,
@@ -25,7 +25,6 @@ from peft_jax.adapters._bank_entries import (
     leaves_of,
     nested,
 )
-from peft_jax.adapters._slots import Slots
 
 Array = jax.Array
 

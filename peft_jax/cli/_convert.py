@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax
 
-from peft_jax.cli._adapter_files import GGUF, HUGGINGFACE, ORBAX
-from peft_jax.cli._adapter_writing import would_write
-from peft_jax.cli._adapters import Loaded, load
-from peft_jax.cli._gguf import tensor_names
 from peft_jax.cli._merge import tree_streams
-from peft_jax.cli._output import check_output, new_output, readable, say, warn
+from peft_jax.cli._report import would_write
+from peft_jax.cli._screen import readable, say, warn
 from peft_jax.io import export_gguf_adapter, save_adapter, save_orbax
+from peft_jax.io.any_adapter import Loaded, load, tensor_names
+from peft_jax.io.files.atomic import check_output, new_output
+from peft_jax.io.files.formats import GGUF, HUGGINGFACE, ORBAX
 
 _ARCHITECTURE = "peft_jax"
 

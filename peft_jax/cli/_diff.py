@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.cli._adapter_files import HuggingFaceAdapter, Module, adapter_format, described
-from peft_jax.cli._adapters import read_adapter
-from peft_jax.cli._checkpoints import Array, Checkpoint, open_checkpoint, paired_chunks
-from peft_jax.cli._output import Progress, in_order, print_table, say
-from peft_jax.cli._spectra import product_dot, product_norm
+from peft_jax._numerics import product_dot, product_norm
+from peft_jax.cli._screen import Progress, in_order, print_table, say
+from peft_jax.io.any_adapter import read_adapter
+from peft_jax.io.checkpoints.read import Checkpoint, open_checkpoint, paired_chunks
+from peft_jax.io.files.formats import Array, adapter_format
+from peft_jax.io.huggingface.pairs import HuggingFaceAdapter, Module, described
 
 EQUAL, DIFFERENT = 0, 1
 

@@ -9,21 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_jax._config import LoraConfig
-from peft_jax._targets import matches
-from peft_jax.cli._adapter_writing import announced, factor_names, would_write, write_adapter
-from peft_jax.cli._changes import WEIGHTS, Layers
-from peft_jax.cli._checkpoints import (
-    Array,
+from peft_jax._config import LoraConfig, matches
+from peft_jax._numerics import approximated, norm
+from peft_jax.cli._quantize import some
+from peft_jax.cli._report import announced, factor_names, would_write, write_adapter
+from peft_jax.cli._screen import Progress, print_table, warn
+from peft_jax.io.checkpoints.fuse import WEIGHTS, Layers
+from peft_jax.io.checkpoints.read import (
     Checkpoint,
     check_torch_layout,
-    is_embedding,
     open_checkpoint,
     paired_chunks,
 )
-from peft_jax.cli._output import Progress, check_output, print_table, warn
-from peft_jax.cli._quantize import some
-from peft_jax.cli._spectra import approximated, norm
+from peft_jax.io.files.atomic import check_output
+from peft_jax.io.files.formats import Array, is_embedding
 
 
 class _Target(NamedTuple):

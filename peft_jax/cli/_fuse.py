@@ -6,14 +6,15 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from peft_jax.cli._adapter_files import HUGGINGFACE, require_adapter
-from peft_jax.cli._adapters import has_specs, load, read_adapter
-from peft_jax.cli._changes import Change, changes_of
-from peft_jax.cli._checkpoints import CHUNK_BYTES, Array, Checkpoint, open_checkpoint, row_ranges
-from peft_jax.cli._output import say
-from peft_jax.cli._spec_changes import changes_by_specs, speaks_of
-from peft_jax.cli._writing import NewCheckpoint, write_checkpoint
-from peft_jax.io._safetensors import TensorStream
+from peft_jax.cli._report import write_checkpoint
+from peft_jax.cli._screen import say
+from peft_jax.io.any_adapter import has_specs, load, read_adapter
+from peft_jax.io.checkpoints.fuse import Change, changes_of
+from peft_jax.io.checkpoints.fuse_specs import changes_by_specs, speaks_of
+from peft_jax.io.checkpoints.read import CHUNK_BYTES, Checkpoint, open_checkpoint, row_ranges
+from peft_jax.io.checkpoints.write import NewCheckpoint
+from peft_jax.io.files.formats import HUGGINGFACE, Array, require_adapter
+from peft_jax.io.files.safetensors import TensorStream
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.cli._adapter_files import HuggingFaceAdapter, Module, adapter_format, described
-from peft_jax.cli._adapters import read_adapter
-from peft_jax.cli._checkpoints import Checkpoint, open_checkpoint
-from peft_jax.cli._output import check_output, in_order, print_table, readable, say, warn
-from peft_jax.cli._spectra import norm, product_norm
-from peft_jax.cli._writing import shown_shape
+from peft_jax._numerics import norm, product_norm
+from peft_jax.cli._report import shown_shape
+from peft_jax.cli._screen import in_order, print_table, readable, say, warn
+from peft_jax.io.any_adapter import read_adapter
+from peft_jax.io.checkpoints.read import Checkpoint, open_checkpoint
+from peft_jax.io.files.atomic import check_output
+from peft_jax.io.files.formats import adapter_format
+from peft_jax.io.huggingface.pairs import HuggingFaceAdapter, Module, described
 
 _STORED = re.compile(r"(?P<method>[a-z][a-z0-9_]*?)_axis(?P<axis>-?\d+)_len(?P<length>\d+)")
 _PLAIN = ("int8", "sfp8")

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from peft_jax.cli._commands import COMMANDS, Command
+from peft_jax.cli._options import COMMANDS, Command
 
 PROGRAM = "peft-jax"
 FAILED, INTERRUPTED, TERMINATED = 2, 130, 143

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from peft_jax._trees import adapter_paths
-from peft_jax.adapters import add_weighted_adapter
-from peft_jax.adapters._combine_table import COMBINATIONS
-from peft_jax.cli._adapter_writing import would_write
-from peft_jax.cli._adapters import at, config_for, load, with_base
-from peft_jax.cli._output import check_output, new_output, readable, say
+from peft_jax._trees import adapter_paths, at
+from peft_jax.adapters import COMBINATIONS, add_weighted_adapter
+from peft_jax.cli._report import would_write
+from peft_jax.cli._screen import readable, say
 from peft_jax.io import save_adapter
-from peft_jax.io._safetensors import TensorStream
+from peft_jax.io.any_adapter import config_for, load, with_base
+from peft_jax.io.files.atomic import check_output, new_output
+from peft_jax.io.files.safetensors import TensorStream
 
 
 def run(options: argparse.Namespace) -> int:

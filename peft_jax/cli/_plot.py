@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.cli._adapter_files import HuggingFaceAdapter
-from peft_jax.cli._checkpoints import Array, Checkpoint, is_float
-from peft_jax.cli._output import Progress, in_order, new_output, printable
-from peft_jax.cli._spectra import norm, product_spectrum, weight_spectrum
+from peft_jax._numerics import norm, product_spectrum, weight_spectrum
+from peft_jax.cli._screen import Progress, in_order, printable
+from peft_jax.io.checkpoints.read import Checkpoint, is_float
+from peft_jax.io.files.atomic import new_output
+from peft_jax.io.files.formats import Array
+from peft_jax.io.huggingface.pairs import HuggingFaceAdapter
 
 _MOST_BARS = 48  # layers that have a bar, and a name, of their own
 _MOST_VALUES = 256  # singular values of a weight that are drawn

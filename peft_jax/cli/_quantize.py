@@ -6,20 +6,21 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 
-from peft_jax._methods import QuantizationMethod
-from peft_jax._stored_trees import with_stored
-from peft_jax.cli._checkpoints import (
+from peft_jax._numerics import QuantizationMethod
+from peft_jax._trees import with_stored
+from peft_jax.cli._report import write_checkpoint
+from peft_jax.cli._screen import warn
+from peft_jax.io.checkpoints.quantize import Encoding
+from peft_jax.io.checkpoints.read import (
     Checkpoint,
     check_torch_layout,
     flattened,
-    is_embedding,
     nested,
     open_checkpoint,
 )
-from peft_jax.cli._encoding import Encoding
-from peft_jax.cli._output import warn
-from peft_jax.cli._writing import NewCheckpoint, write_checkpoint
-from peft_jax.io._safetensors import TensorStream
+from peft_jax.io.checkpoints.write import NewCheckpoint
+from peft_jax.io.files.formats import is_embedding
+from peft_jax.io.files.safetensors import TensorStream
 
 _STORED = re.compile(r"(q4_0|q4_0_transpose|int4|int8|nf4|sfp8)(_axis-?\d+_len\d+)?")
 

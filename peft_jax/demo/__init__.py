@@ -14,13 +14,7 @@ from peft_jax.demo._digits import NEW_DIGITS, OLD_DIGITS, Digits, load_digits
 from peft_jax.demo._methods import fitting, table_of_methods
 from peft_jax.demo._model import DigitTransformer
 from peft_jax.demo._rules import LoRARule, StorageRule
-from peft_jax.demo._training import (
-    Training,
-    draw_losses,
-    start_training,
-    time_steps,
-    train,
-)
+from peft_jax.demo._training import Training, draw_losses, start_training, time_steps, train
 
 __all__ = [
     "NEW_DIGITS",

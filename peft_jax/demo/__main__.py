@@ -1,5 +1,5 @@
 """`python -m peft_jax.demo`."""
 
-from peft_jax.demo import main
+from peft_jax.demo._command import main
 
 main()

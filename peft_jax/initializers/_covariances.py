@@ -11,9 +11,10 @@ from flax import linen as nn
 from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
-from peft_jax._params import split_params
+from peft_jax._model import batches_of
+from peft_jax._trees import split_params
 from peft_jax.initializers._eva import Specs, adapted_model, factored, forward_of, specs_of
-from peft_jax.initializers._observe import Observation, Observer, batches_of
+from peft_jax.initializers._observe import Observation, Observer
 
 Array = jax.Array
 

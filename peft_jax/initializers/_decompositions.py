@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax.initializers._target import Start, Target
+from peft_jax.initializers._start import Start, Target
 
 Array = jax.Array
 

@@ -7,9 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from peft_jax._first_values import first_values
-from peft_jax._matrices import rank_letter
-from peft_jax.initializers._target import Start, Target
+from peft_jax._numerics import rank_letter
+from peft_jax._surgery import first_values
+from peft_jax.initializers._start import Start, Target
 
 
 def drawn(method: bool | str, target: Target) -> Start:

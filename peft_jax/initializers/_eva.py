@@ -13,21 +13,13 @@ import numpy as np
 from flax import linen as nn
 from tqdm import tqdm
 
-from peft_jax._config import LoraConfig
-from peft_jax._config_parts import EvaConfig
-from peft_jax._model import lora_specs
-from peft_jax._params import merge_params, split_params
-from peft_jax._peft_model import PeftModel, get_peft_model
-from peft_jax._specs import LoraSpec
-from peft_jax._targets import alpha_of, rank_of, scaling_of
+from peft_jax._config import EvaConfig, LoraConfig, alpha_of, rank_of, scaling_of
+from peft_jax._model import PeftModel, arguments, batches_of, default_forward, get_peft_model
+from peft_jax._spec import LoraSpec
+from peft_jax._surgery import lora_specs
+from peft_jax._trees import merge_params, split_params
 from peft_jax.initializers._init import init_lora_weights
-from peft_jax.initializers._observe import (
-    Observation,
-    Observer,
-    arguments,
-    batches_of,
-    default_forward,
-)
+from peft_jax.initializers._observe import Observation, Observer
 
 Array = jax.Array
 Specs = Mapping[str, LoraSpec]

@@ -11,26 +11,26 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
-from peft_jax._jax_internals import is_traced
-from peft_jax._names import is_adapter
-from peft_jax._params import Specs, split_params
-from peft_jax._specs import LoraSpec
-from peft_jax._stacked import spec_norms, stack_back, stack_first
-from peft_jax._stored_trees import with_stored
-from peft_jax._trees import Path, adapter_paths, is_branch, slashed
+from peft_jax._numerics import is_traced, spec_norms, stack_back, stack_first
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import (
+    Path,
+    Specs,
+    adapter_paths,
+    is_adapter,
+    is_branch,
+    slashed,
+    split_params,
+    with_stored,
+)
+from peft_jax.initializers._methods import Initializer, find_initializer, method_of, settings_of
 from peft_jax.initializers._parameters import (
     Parameter,
     adapted_parameter,
     refuse_shared,
     with_leaves,
 )
-from peft_jax.initializers._table import (
-    Initializer,
-    find_initializer,
-    method_of,
-    settings_of,
-)
-from peft_jax.initializers._target import Start, Target
+from peft_jax.initializers._start import Start, Target
 
 Array = jax.Array
 _CALLER = "init_lora_weights"

@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from peft_jax._checkpoint import dequantize_checkpoint, quantize_checkpoint
-from peft_jax._config_parts import LoftQConfig
-from peft_jax._matrices import MatrixView
-from peft_jax._methods import QuantizationMethod
-from peft_jax._placement import without_explicit_axes
-from peft_jax._spec_box import reboxed
-from peft_jax._specs import LayerSpec
-from peft_jax._stacked import spec_delta
-from peft_jax._trees import slashed
-from peft_jax.initializers._target import Start, Target
+from peft_jax._config import LoftQConfig
+from peft_jax._numerics import MatrixView, QuantizationMethod, spec_delta, without_explicit_axes
+from peft_jax._spec import LayerSpec
+from peft_jax._trees import dequantize_checkpoint, quantize_checkpoint, reboxed, slashed
+from peft_jax.initializers._start import Start, Target
 
 Array = jax.Array
 

@@ -11,29 +11,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from flax.errors import ScopeCollectionNotFound
 from flax.typing import Array
 
-from peft_jax._equation import BATCH_IN_B, parse_equation
-from peft_jax._interceptor import ModuleInterceptor
-from peft_jax._placed import adapter_fields
-from peft_jax._registry import Call, Layer, require_layer
-from peft_jax._rules import STORAGE, Proceed, Rule
-from peft_jax._specs import LoraSpec
-from peft_jax._stored import weight_shape
+from peft_jax._layers import adapter_fields
+from peft_jax._model import Forward
+from peft_jax._numerics import weight_shape
+from peft_jax._spec import BATCH_IN_B, LoraSpec, parse_equation
+from peft_jax._surgery import (
+    STORAGE,
+    Call,
+    Layer,
+    ModuleInterceptor,
+    Proceed,
+    Rule,
+    Wrapper,
+    require_layer,
+)
 from peft_jax._trees import Path, children, is_branch, rebuild, slashed
-from peft_jax._wrapper import Wrapper
 
 _PROBE = "_peft_jax_probe"
 Moments = dict[str, Array]
-Forward = Callable[[Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,49 +311,3 @@ def _with_probes(tree: Any, probes: Mapping[Path, Moments], path: Path = ()) -> 
     if path in probes:
         here[_PROBE] = probes[path]
     return rebuild(tree, here)
-
-
-def default_forward(model: nn.Module) -> Forward:
-    """Runs a model on batches that are dicts of arguments, tuples of them, or the only one.
-
-    Of a dict the entry ``labels`` is left out.
-    """
-
-    def forward(params: Any, batch: Any) -> Any:
-        args, kwargs = arguments(batch)
-        try:
-            return model.apply({"params": params}, *args, **kwargs)
-        except (TypeError, ScopeCollectionNotFound) as error:
-            raise ValueError(
-                f"The model does not take this batch by itself ({error}). A batch is a dict of the "
-                "model's arguments, a tuple of them, or the only one; for anything else, and for "
-                "further collections, pass forward_fn(model, params, batch)."
-            ) from error
-
-    return forward
-
-
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the model that a batch holds; see `default_forward`."""
-    if isinstance(batch, Mapping):
-        return (), {key: value for key, value in batch.items() if key != "labels"}
-    return (tuple(batch), {}) if isinstance(batch, list | tuple) else ((batch,), {})
-
-
-def batches_of(dataloader: Iterable[Any]) -> Iterator[Any]:
-    """The batches.
-
-    Raises:
-      ValueError: where there are none.
-    """
-    if isinstance(dataloader, Mapping | str) or hasattr(dataloader, "shape"):
-        raise ValueError(
-            f"The dataloader is an iterable of batches, got one {type(dataloader).__name__}. Write "
-            "[batch]."
-        )
-    empty = True
-    for batch in dataloader:
-        empty = False
-        yield batch
-    if empty:
-        raise ValueError("The dataloader holds no batches. Give at least one.")

@@ -14,15 +14,26 @@ import numpy as np
 from flax.core import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
-from peft_jax._checkpoint import dequantize_checkpoint
-from peft_jax._einsum import widest
-from peft_jax._jax_internals import is_traced
-from peft_jax._names import scale_name
-from peft_jax._placement import named_sharding, without_explicit_axes
-from peft_jax._spec_box import partitioned_like, reboxed
-from peft_jax._specs import LoraSpec
-from peft_jax._stored import StoredValues, as_stored
-from peft_jax._trees import Path, children, is_branch, rebuild, slashed
+from peft_jax._numerics import (
+    StoredValues,
+    as_stored,
+    is_traced,
+    named_sharding,
+    widest,
+    without_explicit_axes,
+)
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import (
+    Path,
+    children,
+    dequantize_checkpoint,
+    is_branch,
+    partitioned_like,
+    reboxed,
+    rebuild,
+    scale_name,
+    slashed,
+)
 
 Array = jax.Array
 

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from peft_jax._params import Specs, check_specs, split_params
-from peft_jax._specs import LoraSpec
-from peft_jax._trees import slashed
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import Specs, check_specs, slashed, split_params
 from peft_jax.initializers._loftq import fitted
 from peft_jax.initializers._parameters import (
     Parameter,
@@ -20,7 +19,7 @@ from peft_jax.initializers._parameters import (
     refuse_shared,
     with_leaves,
 )
-from peft_jax.initializers._target import Target
+from peft_jax.initializers._start import Target
 
 _CALLER = "replace_lora_weights_loftq"
 

@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from peft_jax._einsum import widest
-from peft_jax._matrices import rank_letter
-from peft_jax._params import Specs, check_specs, split_params
-from peft_jax._specs import LoraSpec
-from peft_jax._stacked import stack_back, stack_first
-from peft_jax._trees import Layer, Path, map_layers, slashed
+from peft_jax._numerics import rank_letter, stack_back, stack_first, widest
+from peft_jax._spec import LoraSpec
+from peft_jax._trees import Layer, Path, Specs, check_specs, map_layers, slashed, split_params
 
 Array = jax.Array
 _CALLER = "subtract_mutated_init"

@@ -1,11 +1,11 @@
 """Files: adapters in the layouts of Hugging Face, orbax and llama.cpp, and whole checkpoints."""
 
-from peft_jax.io._adapter_loading import load_adapter
-from peft_jax.io._adapter_saving import save_adapter
-from peft_jax.io._gguf import export_gguf
-from peft_jax.io._gguf_adapter import export_gguf_adapter
-from peft_jax.io._gguf_adapter_load import load_gguf_adapter
-from peft_jax.io._orbax import restore_orbax, save_orbax
+from peft_jax.io.gguf.load_adapter import load_gguf_adapter
+from peft_jax.io.gguf.save_adapter import export_gguf_adapter
+from peft_jax.io.gguf.save_model import export_gguf
+from peft_jax.io.huggingface.load import load_adapter
+from peft_jax.io.huggingface.save import save_adapter
+from peft_jax.io.orbax.checkpoint import restore_orbax, save_orbax
 
 __all__ = [
     "export_gguf",

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from peft_jax._quantize import quantize_layer
-from peft_jax._stacked import stack_first
-from peft_jax._stored import as_stored
+from peft_jax._model import batches_of, default_forward
+from peft_jax._numerics import as_stored, quantize_layer, stack_first
 from peft_jax._trees import children
-from peft_jax.initializers._observe import batches_of, default_forward
-from peft_jax.quantsim._encoding import Encoding, flattened, nested
-from peft_jax.quantsim._grid import scale_and_offset
-from peft_jax.quantsim._model import SimulatedModel, find_sites
-from peft_jax.quantsim._observe import (
+from peft_jax.quantsim._calibration_pass import (
     Form,
     Forward,
     Program,
@@ -31,6 +26,9 @@ from peft_jax.quantsim._observe import (
     settings_of,
     statistic_of,
 )
+from peft_jax.quantsim._encoding import Encoding, flattened, nested
+from peft_jax.quantsim._grid import scale_and_offset
+from peft_jax.quantsim._model import SimulatedModel, find_sites
 from peft_jax.quantsim._quantizer import Quantizer
 from peft_jax.quantsim._ranges import range_of_array
 from peft_jax.quantsim._rule import Census, Simulate, naming

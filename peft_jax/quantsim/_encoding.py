@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from peft_jax._jax_internals import is_traced
+from peft_jax._numerics import is_traced
 from peft_jax._trees import children
 from peft_jax.quantsim._quantizer import Quantizer
 

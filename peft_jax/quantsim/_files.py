@@ -12,15 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from peft_jax._named import adapter_names, get_adapter, rename_adapter, without_adapters
-from peft_jax._names import DEFAULT, named_as
-from peft_jax._specs import LayerSpec
-from peft_jax._stored import as_stored
-from peft_jax._trees import children, is_branch
-from peft_jax.io._replacing import replacing, replacing_both
-from peft_jax.io._safetensors import SafetensorsFile, write_safetensors
+from peft_jax._model import adapter_names, get_adapter, rename_adapter, without_adapters
+from peft_jax._numerics import as_stored
+from peft_jax._spec import LayerSpec
+from peft_jax._trees import DEFAULT, children, is_branch, named_as
+from peft_jax.io.files.atomic import replacing, replacing_both
+from peft_jax.io.files.safetensors import SafetensorsFile, write_safetensors
 from peft_jax.quantsim._encoding import Encoding, check_grid, flattened, nested
-from peft_jax.quantsim._integers import integer_params
 from peft_jax.quantsim._metadata import (
     ADAPTER_KEY,
     AdapterMetadata,
@@ -30,6 +28,7 @@ from peft_jax.quantsim._metadata import (
 )
 from peft_jax.quantsim._quantizer import LARGEST, Quantizer
 from peft_jax.quantsim._sites import Site
+from peft_jax.quantsim._to_integers import integer_params
 
 VERSION, PART = "1.0.0", "part"
 _ENC_TYPES = {"tensor": "PER_TENSOR", "channel": "PER_CHANNEL", "block": "PER_BLOCK"}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax._quantize import check_scale, is_known
+from peft_jax._numerics import check_scale, is_known
 
 Array = jax.Array
 

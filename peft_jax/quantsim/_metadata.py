@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from peft_jax._named import adapter_names, add_adapter, rename_adapter
-from peft_jax._names import DEFAULT, check_adapter_name, named_as
-from peft_jax._specs import LoraSpec, is_number
-from peft_jax._stacked import stack_back, stack_first
-from peft_jax._trees import children, is_branch
-from peft_jax.io._replacing import replacing
-from peft_jax.io._safetensors import SafetensorsFile
+from peft_jax._model import adapter_names, add_adapter, rename_adapter
+from peft_jax._numerics import stack_back, stack_first
+from peft_jax._spec import LoraSpec, is_number
+from peft_jax._trees import DEFAULT, check_adapter_name, children, is_branch, named_as
+from peft_jax.io.files.atomic import replacing
+from peft_jax.io.files.safetensors import SafetensorsFile
 from peft_jax.quantsim._encoding import nested
 
 

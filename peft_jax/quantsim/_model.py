@@ -9,11 +9,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from peft_jax._interceptor import ModuleInterceptor
-from peft_jax._model import model_init
-from peft_jax._spec_box import traced_boxes
+from peft_jax._surgery import ModuleInterceptor, Transparent, model_init, traced_boxes
 from peft_jax._trees import children, is_branch, rebuild
-from peft_jax._wrapper import Transparent
 from peft_jax.quantsim._encoding import Encoding, check_arrays, flattened
 from peft_jax.quantsim._quantizer import SimulationConfig
 from peft_jax.quantsim._rule import Census, Simulate

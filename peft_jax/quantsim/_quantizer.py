@@ -8,8 +8,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-from peft_jax._methods import QuantizationMethod
-from peft_jax._specs import is_number
+from peft_jax._numerics import QuantizationMethod
+from peft_jax._spec import is_number
 
 GRANULARITIES = ("tensor", "channel", "block")
 CALIBRATIONS = ("min_max", "percentile", "mse", "moving_average")

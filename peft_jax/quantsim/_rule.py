@@ -14,25 +14,23 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from peft_jax._quantize import axes_for, simulate_quantize
-from peft_jax._registry import Call, find_layer
-from peft_jax._rules import INPUT, SIMULATION, Proceed, Rule
-from peft_jax._spec_box import SpecBox
-from peft_jax._specs import contracted_axes
-from peft_jax._state import recording
-from peft_jax._stored import as_stored
-from peft_jax._wrapper import Wrapper
-from peft_jax.quantsim._grid import fake_quantize
-from peft_jax.quantsim._harvest import note
-from peft_jax.quantsim._quantizer import Quantizer, SimulationConfig
-from peft_jax.quantsim._sites import (
-    ENCODINGS,
-    INDEX,
-    OFFSET,
-    SCALE,
-    SiteSpec,
-    scale_shape,
+from peft_jax._numerics import as_stored, axes_for, simulate_quantize
+from peft_jax._spec import contracted_axes
+from peft_jax._surgery import (
+    INPUT,
+    SIMULATION,
+    Call,
+    Proceed,
+    Rule,
+    SpecBox,
+    Wrapper,
+    find_layer,
+    note,
+    recording,
 )
+from peft_jax.quantsim._grid import fake_quantize
+from peft_jax.quantsim._quantizer import Quantizer, SimulationConfig
+from peft_jax.quantsim._sites import ENCODINGS, INDEX, OFFSET, SCALE, SiteSpec, scale_shape
 
 Array = jax.Array
 _ARRAYS = (jax.Array, np.ndarray)

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peft_jax._spec_box import SpecBox
-from peft_jax._stacked import stack_back, stack_first
+from peft_jax._numerics import stack_back, stack_first
+from peft_jax._surgery import SpecBox
 from peft_jax.quantsim._quantizer import Quantizer, SimulationConfig
 
 Array = jax.Array

@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 
 import peft_jax as peft
-from peft_jax.io._gguf_adapter import export_gguf_adapter
-from peft_jax.io._gguf_adapter_load import load_gguf_adapter
+from peft_jax.io.gguf.load_adapter import load_gguf_adapter
+from peft_jax.io.gguf.save_adapter import export_gguf_adapter
 
 gguf = pytest.importorskip("gguf")
 

@@ -1,0 +1,1 @@
+"""Whole checkpoints, tensor by tensor: read, fused, quantized and written."""

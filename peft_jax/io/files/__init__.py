@@ -1,0 +1,1 @@
+"""Files: formats, safetensors, and outputs that appear whole or not at all."""

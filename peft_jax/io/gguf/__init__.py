@@ -1,0 +1,1 @@
+"""GGUF: models and adapters for llama.cpp."""

@@ -1,0 +1,1 @@
+"""Adapters in Hugging Face's layout."""

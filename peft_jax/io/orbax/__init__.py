@@ -1,0 +1,1 @@
+"""Adapters and models in orbax checkpoints."""
