@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from peft_jax._numerics.low_rank import matricize, unmatricize
 from peft_jax._spec import LoraSpec
@@ -204,7 +203,6 @@ class Slots:
     @classmethod
     def of(cls, spec: LoraSpec, a: Any, b: Any) -> Slots:
         """For adapters like the one that has these arrays, or arrays of these shapes."""
-        a, b = meta.unbox(a), meta.unbox(b)
         depth = np.ndim(a) - len(spec.letters[0])
         axes = spec.stack_axes or (0,) * depth
         firsts = [jax.eval_shape(lambda leaf: stack_first(leaf, axes), leaf) for leaf in (a, b)]
@@ -235,12 +233,12 @@ class Slots:
         Raises:
           ValueError: where it is not of the layer's shape.
         """
-        array = stack_first(jnp.asarray(meta.unbox(value)), self.axes)
+        array = stack_first(jnp.asarray(value), self.axes)
         rank = self._rank_axis(leaf)
         if rank is not None and array.shape[rank] <= self.spec.rank:
             array = padded(array, self.spec.rank, rank)
         if array.shape != self.shape(leaf):
-            raise ValueError(f"an array {leaf!r} of shape {np.shape(meta.unbox(value))}")
+            raise ValueError(f"an array {leaf!r} of shape {np.shape(value)}")
         return array
 
     def taken(self, leaf: str, array: Array, slot: int, rank: int) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.traverse_util import unflatten_dict
 
 from peft_jax._numerics import Slots
@@ -61,7 +62,7 @@ def checked_adapter(name: str, lora: Any, specs: Specs) -> Entries:
                 f"The adapter {name!r} holds two adapters of one weight at '{path}' and beside it. "
                 "Stack each as an adapter of its own."
             )
-        found[bank_path(path)] = (spec, dict(branch))
+        found[bank_path(path)] = (spec, meta.unbox(dict(branch)))
     paths = set(specs)
     others = ["/".join(p) for p in _leaf_paths(lora) if "/".join(p[:-1]) not in paths]
     if others:
