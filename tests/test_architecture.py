@@ -27,6 +27,7 @@ FLOOR_OF = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings}
 FOREIGN = {
     "_spec": {"jax", "jaxlib", "flax", "optax"},
     "_config": {"jax", "jaxlib", "flax", "optax"},
+    "_numerics": {"flax", "optax"},
 }
 # What libraries export and do not document, by its dotted name (or the end of it) or as the name of
 # any attribute, and the one file in which it may stand.
@@ -118,6 +119,27 @@ def face_of(file: Path) -> Path:
     return Path(*parts[:private], "__init__.py")
 
 
+def circle(files: list[Path]) -> list[Path]:
+    """A circle of imports among the files, if there is one."""
+    finished: set[Path] = set()
+
+    def visit(file: Path, trail: list[Path]) -> list[Path]:
+        if file in trail:
+            return [*trail[trail.index(file) :], file]
+        if file in finished:
+            return []
+        for found in imports(file):
+            other = target(found)
+            if other is not None and other != file:
+                around = visit(other, [*trail, file])
+                if around:
+                    return around
+        finished.add(file)
+        return []
+
+    return next(filter(None, (visit(file, []) for file in files)), [])
+
+
 @pytest.mark.parametrize("wing", sorted(FLOOR_OF))
 def test_imports_point_down_and_go_through_faces(wing):
     for file in (file for file in FILES if wing_of(file) == wing):
@@ -146,6 +168,11 @@ def test_files_of_private_wings_carry_no_underscore():
         if file.parts[0].startswith("_") and len(file.parts) > 1:
             private = [part for part in file.parts[1:] if part[0] == "_" and part != "__init__.py"]
             assert not private, f"{file} stands in a private wing already."
+
+
+def test_imports_make_no_circles():
+    around = circle(FILES)
+    assert not around, " -> ".join(map(str, around))
 
 
 @pytest.mark.parametrize("wing", sorted(wing for wing in FLOOR_OF if wing[:2] != "__"))

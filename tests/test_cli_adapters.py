@@ -30,7 +30,7 @@ from peft_jax.adapters._combine_table import COMBINATIONS
 from peft_jax.cli import _fuse
 from peft_jax.io import save_adapter, save_orbax
 from peft_jax.io.any_adapter import load
-from peft_jax.io.checkpoints.read import open_checkpoint
+from peft_jax.io.checkpoints.open import open_checkpoint
 
 
 def names_of(tree, separator):

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
 from peft_jax.io.checkpoints import quantize as encoding
-from peft_jax.io.checkpoints.read import open_checkpoint
+from peft_jax.io.checkpoints.open import open_checkpoint
 from peft_jax.io.files.safetensors import TensorStream, write_safetensors
 
 METHODS = ("q4_0", "q4_0_transpose", "int4", "int8", "nf4", "sfp8")

@@ -12,7 +12,8 @@ import numpy as np
 from peft_jax._numerics import product_dot, product_norm
 from peft_jax.cli._screen import Progress, in_order, print_table, say
 from peft_jax.io.any_adapter import read_adapter
-from peft_jax.io.checkpoints.read import Checkpoint, open_checkpoint, paired_chunks
+from peft_jax.io.checkpoints.open import open_checkpoint
+from peft_jax.io.checkpoints.read import Checkpoint, paired_chunks
 from peft_jax.io.files.formats import Array, adapter_format
 from peft_jax.io.huggingface.pairs import HuggingFaceAdapter, Module, described
 

@@ -15,12 +15,8 @@ from peft_jax.cli._quantize import some
 from peft_jax.cli._report import announced, factor_names, would_write, write_adapter
 from peft_jax.cli._screen import Progress, print_table, warn
 from peft_jax.io.checkpoints.fuse import WEIGHTS, Layers
-from peft_jax.io.checkpoints.read import (
-    Checkpoint,
-    check_torch_layout,
-    open_checkpoint,
-    paired_chunks,
-)
+from peft_jax.io.checkpoints.open import open_checkpoint
+from peft_jax.io.checkpoints.read import Checkpoint, check_torch_layout, paired_chunks
 from peft_jax.io.files.atomic import check_output
 from peft_jax.io.files.formats import Array, is_embedding
 

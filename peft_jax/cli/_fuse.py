@@ -11,7 +11,8 @@ from peft_jax.cli._screen import say
 from peft_jax.io.any_adapter import has_specs, load, read_adapter
 from peft_jax.io.checkpoints.fuse import Change, changes_of
 from peft_jax.io.checkpoints.fuse_specs import changes_by_specs, speaks_of
-from peft_jax.io.checkpoints.read import CHUNK_BYTES, Checkpoint, open_checkpoint, row_ranges
+from peft_jax.io.checkpoints.open import open_checkpoint
+from peft_jax.io.checkpoints.read import CHUNK_BYTES, Checkpoint, row_ranges
 from peft_jax.io.checkpoints.write import NewCheckpoint
 from peft_jax.io.files.formats import HUGGINGFACE, Array, require_adapter
 from peft_jax.io.files.safetensors import TensorStream

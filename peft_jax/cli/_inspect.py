@@ -15,7 +15,8 @@ from peft_jax._numerics import norm, product_norm
 from peft_jax.cli._report import shown_shape
 from peft_jax.cli._screen import in_order, print_table, readable, say, warn
 from peft_jax.io.any_adapter import read_adapter
-from peft_jax.io.checkpoints.read import Checkpoint, open_checkpoint
+from peft_jax.io.checkpoints.open import open_checkpoint
+from peft_jax.io.checkpoints.read import Checkpoint
 from peft_jax.io.files.atomic import check_output
 from peft_jax.io.files.formats import adapter_format
 from peft_jax.io.huggingface.pairs import HuggingFaceAdapter, Module, described

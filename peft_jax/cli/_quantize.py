@@ -10,14 +10,9 @@ from peft_jax._numerics import QuantizationMethod
 from peft_jax._trees import with_stored
 from peft_jax.cli._report import write_checkpoint
 from peft_jax.cli._screen import warn
+from peft_jax.io.checkpoints.open import open_checkpoint
 from peft_jax.io.checkpoints.quantize import Encoding
-from peft_jax.io.checkpoints.read import (
-    Checkpoint,
-    check_torch_layout,
-    flattened,
-    nested,
-    open_checkpoint,
-)
+from peft_jax.io.checkpoints.read import Checkpoint, check_torch_layout, flattened, nested
 from peft_jax.io.checkpoints.write import NewCheckpoint
 from peft_jax.io.files.formats import is_embedding
 from peft_jax.io.files.safetensors import TensorStream

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_jax.io.files.formats import ADAPTER_FILE, Array, is_orbax
+from peft_jax.io.files.formats import Array
 from peft_jax.io.files.safetensors import SafetensorsFile, TensorStream
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -141,7 +140,7 @@ def row_ranges(
         yield start, min(start + step, rows)
 
 
-class _Files(Checkpoint):
+class FilesCheckpoint(Checkpoint):
     """One safetensors file, or several with an index."""
 
     def __init__(self, path: Path, format: str, files: Mapping[str, Path] | None = None) -> None:
@@ -168,76 +167,34 @@ class _Files(Checkpoint):
             raise
 
     def close(self) -> None:
+        """Closes the files."""
         self._opened.close()
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the tensors of all files."""
         return tuple(self._of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The lengths of a tensor, from the header of its file."""
         return self._file(name).shape(name)
 
     def dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype of a tensor, from the header of its file."""
         return self._file(name).dtype(name)
 
     def read(self, name: str) -> Array:
+        """A whole tensor."""
         return self._file(name).read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows of a tensor along its first axis."""
         return self._file(name).read_rows(name, start, stop)
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._of:
             raise ValueError(f"{str(self.path)!r} has no tensor {name!r}.")
         return self._of[name]
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a safetensors file, a sharded checkpoint or an orbax directory.
-
-    Raises:
-      ValueError: where the path is none of these, or what it holds is broken.
-    """
-    if not path.exists():
-        raise ValueError(f"There is no {str(path)!r}.")
-    if not path.is_dir():
-        if path.name.endswith(INDEX_SUFFIX):
-            return _sharded(path)
-        return _Files(path, SAFETENSORS)
-    if is_orbax(path):
-        from peft_jax.io.checkpoints.orbax import OrbaxCheckpoint
-
-        return OrbaxCheckpoint(path)
-    indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
-    files = sorted(path.glob("*.safetensors"))
-    if [file.name for file in files] == [ADAPTER_FILE]:
-        raise ValueError(f"{str(path)!r} is an adapter, where a checkpoint is asked for.")
-    if len(indices) == 1:
-        return _sharded(indices[0])
-    if len(indices) > 1 or len(files) != 1:
-        found = [file.name for file in indices or files]
-        raise ValueError(
-            f"{str(path)!r} is no checkpoint: a directory with one *.safetensors file, one "
-            f"*{INDEX_SUFFIX}, or what orbax wrote. It has {found or 'none of these'}."
-        )
-    return _Files(files[0], SAFETENSORS)
-
-
-def _sharded(index: Path) -> Checkpoint:
-    where = f"{str(index)!r}"
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): index.parent / str(file) for name, file in table.items()}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{where} is no index of shards, which is JSON with a 'weight_map': {error!r:.200}"
-        ) from error
-    for name, file in files.items():
-        if file.name != table[name] or not file.is_file():
-            raise ValueError(
-                f"{where} says that {name!r} lies in {table[name]!r}, which is no file beside it."
-            )
-    return _Files(index, SHARDED, files)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
