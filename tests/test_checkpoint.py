@@ -972,7 +972,7 @@ def growth(monkeypatch):
     def run(function, *args, **kwargs):
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr("peft_jax._trees.quantize.tqdm.update", lambda *_: found.append(alive()))
+            patch.setattr("tqdm.tqdm.update", lambda *_: found.append(alive()))
             before = alive()
             return function(*args, **kwargs), np.asarray(found) - before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import os
 import uuid
@@ -173,6 +174,11 @@ class LoraConfig:
         _tell_once(self)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        # Rules are looked up by their config for each module of each trace.
         values = (
             getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -183,6 +189,10 @@ class LoraConfig:
                 frozenset(value.items()) if isinstance(value, dict) else value for value in values
             )
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of strings differ from process to process, so that a kept one is not pickled.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON, with Hugging Face's keys. Inverse of `from_dict`."""

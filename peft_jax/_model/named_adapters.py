@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import meta
-from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
 from peft_jax._model.trainable import trainable_mask
@@ -31,6 +30,7 @@ from peft_jax._trees import (
     merge_params,
     merged_trees,
     named_as,
+    progress_bar,
     reboxed,
     rebuild,
     slashed,
@@ -239,7 +239,7 @@ def merge_adapters(
     for name in names:
         _refuse_unknown("merge_and_unload", name, adapter_names(params))
     layers = len({path.rpartition("/")[0] for path in adapter_paths(params)})
-    with tqdm(total=layers, desc="merge adapters", disable=not progress, leave=False) as bar:
+    with progress_bar(None, "merge adapters", shown=progress, total=layers, leave=False) as bar:
 
         def fuse(path: Path, rest: Layer, adapters: Layer) -> Layer:
             own = {key: value for key, value in adapters.items() if named_as(key) in names}

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
-from rich.console import Console
-from rich.table import Table
 
 from peft_jax._config import LoraConfig, alpha_of, rank_of
 from peft_jax._model.peft_model import PeftModel
@@ -30,6 +28,22 @@ __all__ = [
     "adapter_status",
     "summarize",
 ]
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[str]], *lines: str, width: int) -> str:
+    """Rows under the names of their columns, and lines below, as text."""
+    from rich.console import Console  # here, so that `import peft_jax` does not pay for it
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    console = Console(width=width, file=text, color_system=None, force_jupyter=False)
+    console.print(table)
+    for line in lines:
+        console.print(line)
+    return text.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,27 +91,27 @@ class Summary:
     left_alone: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        table = Table(
+        columns = (
             "adapter", "layer", "equation", "weight", "adapter's arrays", "rank", "scaling",
             "storage", "bytes", "adapter's bytes",
         )  # fmt: skip
-        for row in self.rows:
-            arrays = ", ".join(f"{name} {_shape(shape)}" for name, shape in row.adapter.items())
-            table.add_row(
-                row.path, row.layer, row.equation, _shape(row.weight), arrays, str(row.rank),
-                f"{row.scaling:.4g}", row.storage, f"{row.weight_bytes:,d}",
+        rows = [
+            (
+                row.path, row.layer, row.equation, _shape(row.weight),
+                ", ".join(f"{name} {_shape(shape)}" for name, shape in row.adapter.items()),
+                str(row.rank), f"{row.scaling:.4g}", row.storage, f"{row.weight_bytes:,d}",
                 f"{row.adapter_bytes:,d}",
-            )  # fmt: skip
-        total = sum(row.adapter_bytes for row in self.rows)
-        console = Console(width=180, file=io.StringIO(), color_system=None, force_jupyter=False)
-        console.print(table)
-        console.print(f"{len(self.rows)} adapters, {total:,d} bytes")
-        if self.left_alone:
-            console.print(
-                "left alone, as they run on parameters of another module's making: "
-                + ", ".join(self.left_alone)
             )
-        return console.file.getvalue()  # type: ignore[attr-defined]
+            for row in self.rows
+        ]  # fmt: skip
+        total = sum(row.adapter_bytes for row in self.rows)
+        lines = [f"{len(self.rows)} adapters, {total:,d} bytes"]
+        if self.left_alone:
+            names = ", ".join(self.left_alone)
+            lines.append(
+                f"left alone, as they run on parameters of another module's making: {names}"
+            )
+        return _table(columns, rows, *lines, width=180)
 
 
 def summarize(
@@ -255,21 +269,21 @@ class AdapterStatus:
     rows: tuple[AdapterRow, ...]
 
     def __str__(self) -> str:
-        table = Table(
+        columns = (
             "adapter", "active", "layers", "rank", "scaling", "variant", "parameters", "bytes",
             "dtype", "trained in place",
         )  # fmt: skip
-        for row in self.rows:
-            active = {True: "yes", False: "no", None: "not the model's"}[row.active]
-            table.add_row(
-                row.name, active, str(row.layers), _listed(row.ranks),
+        active = {True: "yes", False: "no", None: "not the model's"}
+        rows = [
+            (
+                row.name, active[row.active], str(row.layers), _listed(row.ranks),
                 _listed(f"{scaling:.4g}" for scaling in row.scalings), _listed(row.variants),
                 f"{row.parameters:,d}", f"{row.bytes:,d}", _listed(row.dtypes),
                 _listed(row.in_place),
-            )  # fmt: skip
-        console = Console(width=160, file=io.StringIO(), color_system=None, force_jupyter=False)
-        console.print(table)
-        return console.file.getvalue()  # type: ignore[attr-defined]
+            )
+            for row in self.rows
+        ]  # fmt: skip
+        return _table(columns, rows, width=160)
 
 
 def adapter_status(model: PeftModel, params: Any) -> AdapterStatus:

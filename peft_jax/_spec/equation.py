@@ -59,20 +59,20 @@ class Equation:
     def __str__(self) -> str:
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
-    @property
+    @functools.cached_property
     def contracted(self) -> str:
         return "".join(c for c in self.kernel if c in self.inputs and c not in self.outputs)
 
-    @property
+    @functools.cached_property
     def batch(self) -> str:
         return "".join(c for c in self.kernel if c in self.inputs and c in self.outputs)
 
-    @property
+    @functools.cached_property
     def produced(self) -> str:
         """Output axes, and those that stand in the kernel alone, in kernel order."""
         return "".join(c for c in self.kernel if c not in self.inputs)
 
-    @property
+    @functools.cached_property
     def kept(self) -> str:
         """Axes of the kernel that stand in the output, in the order in which they stand there."""
         return "".join(c for c in self.outputs if c in self.kernel)

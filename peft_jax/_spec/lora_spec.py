@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import operator
@@ -43,7 +44,7 @@ class LayerSpec:
             raise ValueError(f"LayerSpec.kind = {self.kind!r} is not a name.")
         object.__setattr__(self, "stack_axes", tuple(map(operator.index, axes)))
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[int, ...]:
         """The axes that the layer contracts, counted from the end of a weight without a stack."""
         return contracted_axes(self.equation)
@@ -184,7 +185,7 @@ class LoraSpec:
                 f"such as '...ir,...ro->...io', not {self.equation!r}."
             )
 
-    @property
+    @functools.cached_property
     def letters(self) -> tuple[str, str, str]:
         """Letters of ``a``, ``b`` and the kernel, without the ellipsis."""
         try:
@@ -207,13 +208,13 @@ class LoraSpec:
             )
         return a, b, kernel
 
-    @property
+    @functools.cached_property
     def output_letters(self) -> str:
         """Letters of the axes of ``magnitude`` and ``bias``."""
         a, _, kernel = self.letters
         return "".join(c for c in kernel if c not in a) if self.outputs is None else self.outputs
 
-    @property
+    @functools.cached_property
     def matrix_axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Positions in the kernel of its batch, input and output axes (stack axes left out).
 

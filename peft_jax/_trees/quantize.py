@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from tqdm import tqdm
 
 from peft_jax._numerics import (
     METHODS,
@@ -40,6 +39,7 @@ from peft_jax._spec import LayerSpec, parse_equation
 from peft_jax._trees.adapter_leaves import is_adapter
 from peft_jax._trees.boxes import partitioned_like, reboxed, scale_axes
 from peft_jax._trees.paths import Path, children, is_branch, slashed, stored_paths
+from peft_jax._trees.progress import progress_bar
 from peft_jax._trees.quantized_leaves import scales_in, stored_weights, with_stored, without_stored
 
 __all__ = [
@@ -318,8 +318,8 @@ def _avoided(leaf: Any) -> list[int]:
 def _shown(values: Mapping[Path, Any], verb: str, progress: bool) -> Iterator[Path]:
     """The paths, with a bar that counts bytes."""
     total = sum(map(_bytes, values.values()))
-    with tqdm(
-        total=total, desc=verb, unit="B", unit_scale=True, disable=not progress, leave=False
+    with progress_bar(
+        None, verb, shown=progress, total=total, unit="B", unit_scale=True, leave=False
     ) as bar:
         for path, value in values.items():
             bar.set_postfix_str("/".join(path), refresh=False)

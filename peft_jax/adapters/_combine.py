@@ -8,10 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from peft_jax._spec import LoraSpec
-from peft_jax._trees import Path, children, containers, is_adapter, is_branch, rebuild, slashed
+from peft_jax._trees import (
+    Path,
+    children,
+    containers,
+    is_adapter,
+    is_branch,
+    progress_bar,
+    rebuild,
+    slashed,
+)
 from peft_jax.adapters._combine_arguments import check_key, checked_settings, finite_weights
 from peft_jax.adapters._combine_layers import CALLER, Member, check_members, combine_members
 from peft_jax.adapters._combine_table import COMBINATIONS
@@ -131,7 +139,9 @@ def add_weighted_adapter(
         path: check_members(members, combination_type, settings) for path, members in groups.items()
     }
     combined: dict[Path, tuple[dict[str, Any], LoraSpec]] = {}
-    shown = tqdm(groups.items(), f"combine ({combination_type})", disable=not progress, leave=False)
+    shown = progress_bar(
+        groups.items(), f"combine ({combination_type})", shown=progress, leave=False
+    )
     with jax.default_matmul_precision("highest"):
         for path, members in shown:
             combined[path] = combine_members(

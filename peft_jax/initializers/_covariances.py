@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
 from peft_jax._model import batches_of
-from peft_jax._trees import split_params
+from peft_jax._trees import progress_bar, split_params
 from peft_jax.initializers._eva import Specs, adapted_model, factored, forward_of, specs_of
 from peft_jax.initializers._observe import Observation, Observer
 
@@ -59,7 +58,7 @@ def collect_covariances(
     how = Observation(normalised=True, dtype=jnp.float16 if halved else jnp.float32)
     base, observer = split_params(params).original, None
     total: dict[str, Any] = {}
-    for batch in tqdm(batches_of(dataloader), desc="covariances", disable=not progress):
+    for batch in progress_bar(batches_of(dataloader), "covariances", shown=progress):
         if observer is None:
             specs = factored(specs or specs_of(peft_model, batch, forward_fn))
             observer = Observer(forward_of(peft_model, forward_fn), base, specs, how)

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from tqdm import tqdm
 
 from peft_jax._config import EvaConfig, LoraConfig, alpha_of, rank_of, scaling_of
 from peft_jax._model import PeftModel, arguments, batches_of, default_forward, get_peft_model
 from peft_jax._spec import LoraSpec
 from peft_jax._surgery import lora_specs
-from peft_jax._trees import merge_params, split_params
+from peft_jax._trees import merge_params, progress_bar, split_params
 from peft_jax.initializers._init import init_lora_weights
 from peft_jax.initializers._observe import Observation, Observer
 
@@ -94,7 +93,7 @@ def get_eva_state_dict(
     states: dict[str, _Components] = {}
     observer, limits, ranks = None, {}, {}
     specs = dict(specs or {})
-    bar = tqdm(batches_of(dataloader), desc="eva", disable=not progress)
+    bar = progress_bar(batches_of(dataloader), "eva", shown=progress)
     for batch in bar:
         if observer is None:
             specs = factored(specs or specs_of(peft_model, batch, forward_fn))

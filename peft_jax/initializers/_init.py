@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from peft_jax._config import LoraConfig
 from peft_jax._numerics import is_traced, spec_norms, stack_back, stack_first
@@ -19,6 +18,7 @@ from peft_jax._trees import (
     adapter_paths,
     is_adapter,
     is_branch,
+    progress_bar,
     slashed,
     split_params,
     with_stored,
@@ -135,7 +135,7 @@ def init_lora_weights(
     leaves: dict[Path, Any] = {}
     stored: dict[Path, tuple[Any, Any]] = {}
     adapters: dict[Path, dict[str, Any]] = {}
-    shown = tqdm(weights, f"start adapters ({method})", disable=not progress, leave=False)
+    shown = progress_bar(weights, f"start adapters ({method})", shown=progress, leave=False)
     with jax.default_matmul_precision("highest"):
         for path in shown:
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))

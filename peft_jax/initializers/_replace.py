@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from peft_jax._spec import LoraSpec
-from peft_jax._trees import Specs, check_specs, slashed, split_params
+from peft_jax._trees import Specs, check_specs, progress_bar, slashed, split_params
 from peft_jax.initializers._loftq import fitted
 from peft_jax.initializers._parameters import (
     Parameter,
@@ -66,7 +65,7 @@ def replace_lora_weights_loftq(
                 f"{_CALLER}: '{slashed(weight.path)}' has shape {kept[path].shape} in original, "
                 f"and {weight.shape} stored. Give the weights that were stored."
             )
-    for path in tqdm(stored, "replace adapters", disable=not progress, leave=False):
+    for path in progress_bar(stored, "replace adapters", shown=progress, leave=False):
         target = Target(path, specs[path], stored[path])
         with jax.default_matmul_precision("highest"):
             a, b = fitted(target, kept[path].numbers() - target.weight)

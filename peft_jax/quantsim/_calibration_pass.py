@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from peft_jax._numerics import is_laid_out
 from peft_jax._surgery import folded
+from peft_jax._trees import progress_bar
 from peft_jax.quantsim._encoding import Encoding
 from peft_jax.quantsim._model import SimulatedModel, encoding_leaves, with_leaves
 from peft_jax.quantsim._quantizer import Quantizer
@@ -148,7 +148,7 @@ def gathered(
     leaves = {path: encoding_leaves(encoding) for path, encoding in acting.items()}
     leaves |= {path: {INDEX: site.indices()} for path, site in observed.items()}
     totals: dict[str, Any] = dict.fromkeys(observed)
-    shown = tqdm(batches, desc="calibrating", unit=" batches", disable=not progress)
+    shown = progress_bar(batches, "calibrating", shown=progress, unit=" batches")
     for number, batch in enumerate(shown):
         states = jax.device_get(step(params, leaves, *Form.of(batch)))
         for path, state in states.items():

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -62,13 +61,12 @@ def save_orbax(
     flat = dict(leaves(tree))
     _check_names(tree, flat)
     _check_free(target, force)
-    arguments = {name: ocp.args.JsonSave(data) for name, data in items.items()}
-    arguments[_PARAMS] = ocp.args.StandardSave(nested(flat))
+    arrays = nested(flat)
     if not target.exists():
-        _write(target, arguments, force=False)
+        _write(target, arrays, items, force=False)
         return
     fresh = target.with_name(f"{target.name}.peft_jax_new")
-    _write(fresh, arguments, force=True)
+    _write(fresh, arrays, items, force=True)
     if jax.process_index() == 0:
         old = target.with_name(f"{target.name}.peft_jax_old")
         if old.exists():
@@ -125,8 +123,7 @@ def restore_orbax(
         for place, leaf in saved.items()
     }
     with _reading(source, _PARAMS):
-        arguments = ocp.args.StandardRestore(nested(structs))
-        arrays = dict(leaves(_read(source, _PARAMS, arguments)))
+        arrays = dict(leaves(_read(source, _PARAMS, nested(structs))))
     for place, array in arrays.items():
         if array.dtype != wanted[place]:
             raise ValueError(
@@ -141,10 +138,6 @@ def _location(path: str | os.PathLike[str]) -> epath.Path:
         raise ValueError(f"A checkpoint has a path, got {path!r:.200}.")
     is_remote = "://" in os.fspath(path)
     return epath.Path(path) if is_remote else epath.Path(os.path.realpath(path))
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 # --- Saving --------------------------------------------------------------------------------------
@@ -214,10 +207,14 @@ def _check_free(target: epath.Path, force: bool) -> None:
         )
 
 
-def _write(target: epath.Path, arguments: Mapping[str, Any], *, force: bool) -> None:
+def _write(target: epath.Path, arrays: Any, items: Mapping[str, Any], *, force: bool) -> None:
+    import orbax.checkpoint as ocp  # here, since it takes as long to import as jax and flax do
+
+    arguments = {name: ocp.args.JsonSave(data) for name, data in items.items()}
+    arguments[_PARAMS] = ocp.args.StandardSave(arrays)
     there = _partial(target)
     try:
-        with _checkpointer() as checkpointer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(target, ocp.args.Composite(**arguments), force=force)
     except BaseException:
         if jax.process_index() == 0:
@@ -258,7 +255,7 @@ def _read_items(
             "other checkpoints of orbax's are read by orbax itself."
         )
     with _reading(source, _STRUCTURE):
-        data = _read(source, _STRUCTURE, ocp.args.JsonRestore())
+        data = _read(source, _STRUCTURE)
         if set(data) != {"format", "version", "items", "tree"} or data["format"] != _FORMAT:
             raise ValueError(f"it holds {sorted(data)}.")
         if data["version"] != _VERSION:
@@ -277,15 +274,19 @@ def _read_items(
     specs = config = None
     if _SPECS in items:
         with _reading(source, _SPECS):
-            read = _read(source, _SPECS, ocp.args.JsonRestore())
+            read = _read(source, _SPECS)
             specs = {name: LoraSpec.from_dict(spec) for name, spec in read.items()}
             check_specs(structure, specs, "restore_orbax")
     if _CONFIG in items:
         with _reading(source, _CONFIG):
-            config = LoraConfig.from_dict(_read(source, _CONFIG, ocp.args.JsonRestore()))
+            config = LoraConfig.from_dict(_read(source, _CONFIG))
     return structure, specs, config
 
 
-def _read(source: epath.Path, item: str, arguments: Any) -> Any:
-    with _checkpointer() as checkpointer:
+def _read(source: epath.Path, item: str, structs: Any = None) -> Any:
+    """One item: arrays as ``structs`` has them, or else JSON."""
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.JsonRestore() if structs is None else ocp.args.StandardRestore(structs)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(source, ocp.args.Composite(**{item: arguments}))[item]
