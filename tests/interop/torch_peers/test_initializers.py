@@ -146,31 +146,44 @@ def test_products_of_orthogonal_factors_are_zero_and_as_long() -> None:
         np.testing.assert_allclose(np.std(one), np.std(other), rtol=0.05)
 
 
+class OnCpu(torch.Tensor):
+    """Stays on the CPU. LoftQ of `peft` sends weights to an accelerator, also if there is none."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+def bitsandbytes(method: str) -> Any:
+    """What LoftQ of `peft` uses of bitsandbytes, around the quantizer of this library."""
+
+    class Params4bit:
+        def __init__(self, x: Any, **settings: Any) -> None:
+            self.data, self.quant_state = quantize(jnp.asarray(x.numpy().T), method)
+
+        def to(self, device: str) -> Any:
+            return self
+
+    def dequantize_4bit(values: Any, scale: Any) -> Any:
+        return torch.from_numpy(np.array(dequantize(values, scale)).T.copy())
+
+    module: Any = types.ModuleType("bitsandbytes")
+    module.nn = types.SimpleNamespace(Params4bit=Params4bit)
+    module.functional = types.SimpleNamespace(dequantize_4bit=dequantize_4bit)
+    return module
+
+
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("method", ["nf4", "q4_0", "int8"])
 def test_loftq_takes_the_same_turns(method: str, iterations: int, monkeypatch: Any) -> None:
-    """Its iteration, around the quantizer of this library; its scaling must be 1 to be exact."""
+    """Its iteration, around one quantizer; its scaling must be 1 to be exact."""
     from peft.utils import loftq_utils
 
-    class Quantizer:
-        def __init__(self, **settings: Any) -> None:
-            pass
-
-        def quantize_block(self, x: Any) -> Any:
-            values, scale = quantize(jnp.asarray(x.numpy().T), method)
-            return dequantize(values, scale), None, None
-
-        def dequantize_block(self, x: Any, *_: Any) -> Any:
-            return torch.from_numpy(np.array(x).T.copy())
-
-    monkeypatch.setattr(loftq_utils, "NFQuantizer", Quantizer)
     monkeypatch.setattr(loftq_utils, "is_bnb_available", lambda: True)
-    monkeypatch.setattr(loftq_utils, "is_bnb_4bit_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setattr(loftq_utils, "is_bnb_4bit_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", bitsandbytes(method))
     kernel = np.random.default_rng(0).normal(size=(IN, 96)).astype(np.float32)
-    base, lora_a, lora_b = loftq_utils.loftq_init(
-        torch.from_numpy(kernel.T.copy()), 4, RANK, iterations
-    )
+    weight = torch.from_numpy(kernel.T.copy()).as_subclass(OnCpu)
+    base, lora_a, lora_b = loftq_utils.loftq_init(weight, 4, RANK, iterations)
     config = LoftQConfig(method=method, loftq_iter=iterations)
     found = ours("loftq", SPEC, kernel, config=config)
     assert_close(found[0], read(base).T)
