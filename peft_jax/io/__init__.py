@@ -1,5 +1,6 @@
 """Files: adapters in the layouts of Hugging Face, orbax and llama.cpp, and whole checkpoints."""
 
+from peft_jax.io import former_modules as former_modules
 from peft_jax.io.gguf.load_adapter import load_gguf_adapter
 from peft_jax.io.gguf.save_adapter import export_gguf_adapter
 from peft_jax.io.gguf.save_model import export_gguf
