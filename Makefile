@@ -24,8 +24,7 @@ ENVIRONMENTS := .venv .venv-oldest .venv-interop .venv-interop-jax
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 UNIT_TESTS := tests --ignore=tests/interop
 # The tests whose numbers depend on the order of sums.
-NUMERICS := $(addprefix tests/test_,$(addsuffix .py, \
-    layers low_rank quantize quantized quantized_dot quantsim_layers stored variants))
+NUMERICS := tests/numerics tests/layers tests/trees tests/quantsim/test_layers.py
 # multi_adapter compares with torch, the others with JAX.
 BENCHMARK_ENVIRONMENT := $(if $(filter multi_adapter,$(SCRIPT)),.venv-interop,.venv-interop-jax)
 

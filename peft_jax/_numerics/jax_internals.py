@@ -1,8 +1,8 @@
 """What this package knows of JAX beyond its documentation: primitives and traced programs.
 
 JAX exports all of this (`jax.extend`, `jax.interpreters`, `jax.core`) and may change it in any
-release. Each fact stands here once, with why it is needed, and fails in tests/test_jax_internals.py
-when it no longer holds.
+release. Each fact stands here once, with why it is needed; tests/numerics/test_jax_internals.py
+fails when it no longer holds.
 """
 
 from __future__ import annotations

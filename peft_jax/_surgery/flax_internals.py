@@ -1,7 +1,7 @@
 """What this package knows of Flax beyond its documentation: scopes, lifts, bound modules.
 
-Each fact stands here once, with why it is needed, and fails in tests/test_flax_internals.py when it
-no longer holds.
+Each fact stands here once, with why it is needed; tests/surgery/test_flax_internals.py fails when
+it no longer holds.
 """
 
 from __future__ import annotations

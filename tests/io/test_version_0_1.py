@@ -1,6 +1,6 @@
 """What version 0.1 wrote, before the package had wings, loads and gives the numbers of then.
 
-tests/data/version_0_1 has an adapter in Hugging Face's layout, specs of adapters and layers as JSON,
+tests/data/version_0_1 has an adapter in Hugging Face's layout, specs of adapters and layers (JSON),
 an orbax checkpoint (4-bit base and adapters, with specs and config), encodings in AIMET's schema
 with the metadata of the adapters, and a pickle. arrays.npz has the base and what the adapted model
 gave.
@@ -20,7 +20,7 @@ from helpers import assert_close
 import peft_jax as peft
 from peft_jax import quantsim
 
-DATA = Path(__file__).parent / "data" / "version_0_1"
+DATA = Path(__file__).parents[1] / "data" / "version_0_1"
 
 
 class Block(nn.Module):
