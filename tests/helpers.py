@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from flax.core import meta
 
@@ -72,6 +73,28 @@ class AdaptWeights:
         return peft.LoRAWeight(rank=self.rank, alpha=self.alpha, params=self.params, wrapped=module)
 
 
+def partly_slow(cases, quick, **options):
+    """Cases as parameters: `make test` runs those in ``quick``, `make test-slow` the others.
+
+    Args:
+      cases: a list of values; or a dict of them by the name of each, in which ``quick`` has names.
+      quick: a container of cases, or a function from a case to whether it is quick.
+      **options: of ``pytest.param``.
+    """
+    is_quick = quick if callable(quick) else lambda case: case in quick
+    named = cases.items() if isinstance(cases, dict) else [(case, case) for case in cases]
+    ids = (lambda name: {"id": name}) if isinstance(cases, dict) else lambda name: {}
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if is_quick(name) else pytest.mark.slow,
+            **ids(name),
+            **options,
+        )
+        for name, value in named
+    ]
+
+
 def numbers(*shape, seed=0):
     """An array of normal numbers in float32."""
     draw = np.random.default_rng((*shape, seed)).normal(size=shape)
@@ -109,6 +132,18 @@ def randomised(lora, seed=0):
         for i, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(tree, drawn)
+
+
+def rounding(terms, dtype=jnp.float32):
+    """How far two sums of so many products may lie apart, as a part of the largest sum.
+
+    Rounding a partial sum of ``k`` terms of random sign errs by ``eps / sqrt(12)`` of its size,
+    which is that of ``sqrt(k)`` terms; over ``n`` additions, one after the other, that makes an
+    error of ``eps * sqrt(n / 24)`` of the sum. Five times as much, for the worst of many sums, is
+    ``eps * sqrt(n)``; both sides have one, whatever their order. The products, and factors applied
+    before or after the sum, have ``4 * eps``.
+    """
+    return float(jnp.finfo(dtype).eps) * (2 * np.sqrt(terms) + 4)
 
 
 def assert_close(actual, expected, tolerance=1e-5):

@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -219,6 +221,25 @@ def test_what_is_undocumented_stands_in_one_file():
         for home in UNDOCUMENTED.keys() - {file}:
             found_here = used & UNDOCUMENTED[home]
             assert not found_here, f"{file} uses {found_here}: give it a function in {home}."
+
+
+LOADED = """
+import sys
+import flax.linen, jax, optax
+before = set(sys.modules)
+import peft_jax
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_an_import_loads_nothing_beside_jax_flax_and_optax():
+    """orbax alone would take as long as jax; the command line and quantsim are asked for by name."""
+    run = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    libraries = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
+    assert libraries <= {PACKAGE.name, "jax", "numpy"}
+    wings = {name.split(".")[1] for name in loaded if name.startswith(f"{PACKAGE.name}.")}
+    assert not wings & {"cli", "demo", "quantsim"}
 
 
 def test_what_the_tests_read_is_what_python_imports():

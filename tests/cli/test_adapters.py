@@ -21,12 +21,11 @@ from cli_files import (
     write_sharded,
 )
 from flax.traverse_util import flatten_dict
-from helpers import randomised
+from helpers import partly_slow, randomised
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
-from peft_jax.adapters import add_weighted_adapter
-from peft_jax.adapters._combine_table import COMBINATIONS
+from peft_jax.adapters import COMBINATIONS, add_weighted_adapter
 from peft_jax.cli import _fuse
 from peft_jax.io import save_adapter, save_orbax
 from peft_jax.io.any_adapter import load
@@ -99,7 +98,7 @@ def adapted(base, **fields):
     return config, specs, lora, fused
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", partly_slow(list(VARIANTS), ("patterns", "dora")))
 def test_fuse_is_fuse_params(variant, base, tmp_path, capsys, monkeypatch):
     """With an adapter in Hugging Face's layout, with our specs in it and without, and in orbax."""
     monkeypatch.setattr(_fuse, "CHUNK_BYTES", 400)  # slices of six rows

@@ -414,7 +414,8 @@ def test_a_process_that_is_stopped_leaves_nothing(number, status, tmp_path):
     save_file(tensors, tmp_path / "base.safetensors")
     program = f"""
 import os, signal, sys
-from peft_jax.cli import encoding, main
+from peft_jax.cli import main
+from peft_jax.io.checkpoints import quantize as encoding
 
 # What a shell starts in the background ignores the signal, and passes that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, meta
-from helpers import compiled, key_of, numbers, shapes
+from helpers import compiled, key_of, numbers, partly_slow, shapes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import peft_jax as peft
@@ -373,7 +373,10 @@ def error_of(base, lora, specs, original):
 
 @pytest.mark.parametrize(
     ("method", "stack"),
-    [*((method, None) for method in METHODS), ("int4", 1), ("nf4", 0)],
+    partly_slow(
+        [*((method, None) for method in METHODS), ("int4", 1), ("nf4", 0)],
+        [("q4_0", None), ("sfp8", None), ("int4", 1), ("nf4", 0)],
+    ),
 )
 def test_loftq_comes_nearer_than_quantization_alone(method, stack):
     specs, original = quantizable(stack)

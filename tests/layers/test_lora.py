@@ -22,6 +22,7 @@ from helpers import (
     key_of,
     loss_of,
     numbers,
+    partly_slow,
     randomised,
     shapes,
 )
@@ -265,7 +266,6 @@ EMBED = {
     ),
 }
 CASES = DENSE | EINSUM | DENSE_GENERAL | CONV | CONV_TRANSPOSE | EMBED
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # One of each kind, where every case would say no more.
 KINDS = {
     name: CASES[name]
@@ -282,6 +282,26 @@ KINDS = {
     )
 }
 every_kind = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+some_kinds = pytest.mark.parametrize(
+    "case", partly_slow(KINDS, ("dense", "two batch axes", "groups"))
+)
+QUICK = {
+    *KINDS,
+    "dense on a vector",
+    "at call, spaces, ellipsis",
+    "batch axis moved",
+    "kernel alone",
+    "a batch axis of one in the kernel",
+    "no output axis",
+    "batch axes alone",
+    "axes around",
+    "numbers of numpy",
+    "strides, dilation",
+    "circular",
+    "causal, dilated",
+    "transposed, strides",
+}
+every_case = pytest.mark.parametrize("case", partly_slow(CASES, QUICK))
 
 
 def wrapped(case, **fields):
@@ -335,7 +355,7 @@ def test_gradients_at_full_optimization(case):
     assert_close(found, compiled(jax.grad(gradient))(random, x))
 
 
-@every_kind
+@some_kinds
 def test_a_wrapper_by_hand_is_the_interceptors(case):
     """The same parameters at the same paths, and the same outputs, bit for bit."""
     by_hand, rule = wrapped(case, alpha=3), Adapt(alpha=3)
@@ -357,7 +377,7 @@ def test_a_wrapper_by_hand_is_the_interceptors(case):
     assert peft.lora_specs(by_hand, *case.inputs, method=case.method) == specs
 
 
-@every_kind
+@some_kinds
 def test_a_wrapper_inside_a_model(case):
     """In `@nn.compact`, in `setup` and as a field, paths are those of the plain model."""
     fields = {

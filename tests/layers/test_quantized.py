@@ -23,6 +23,7 @@ from helpers import (
     key_of,
     loss_of,
     numbers,
+    partly_slow,
     randomised,
 )
 
@@ -31,6 +32,7 @@ from peft_jax import QuantizationMethod, StoredValues
 
 METHODS = ("int4", "int8", "q4_0", "q4_0_transpose", "sfp8", "nf4")
 every_method = pytest.mark.parametrize("method", METHODS)
+some_methods = pytest.mark.parametrize("method", partly_slow(METHODS, ("int4", "q4_0_transpose")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +213,15 @@ def check_stored(case, method, *, adapt=ADAPT, run=compiled, tolerance=1e-5, rul
     return found
 
 
-@pytest.mark.parametrize("scanned", [False, True], ids=["jit", "scan"])
-@every_method
-def test_every_method_and_layer(method, scanned):
-    check_stored(given_layers(scanned), method)
+@pytest.mark.parametrize(
+    ("method", "how"),
+    partly_slow(
+        [(method, how) for method in METHODS for how in ("jit", "scan")],
+        lambda pair: METHODS.index(pair[0]) % 2 == (pair[1] == "scan"),
+    ),
+)
+def test_every_method_and_layer(method, how):
+    check_stored(given_layers(how == "scan"), method)
 
 
 @pytest.mark.parametrize("method", ["int4", pytest.param("sfp8", marks=pytest.mark.slow)])
@@ -227,7 +234,7 @@ def test_outside_of_jit(method):
         assert_close(case.run(stored), expected)
 
 
-@every_method
+@some_methods
 def test_gradients_outside_of_jit(method):
     check_stored(given_dense(), method, run=lambda function: function)
 
@@ -242,7 +249,7 @@ def test_at_full_optimization():
     check_stored(given_layers(False), "nf4", run=jax.jit)
 
 
-@pytest.mark.parametrize("method", ["int4", "q4_0", "sfp8"])
+@pytest.mark.parametrize("method", partly_slow(["int4", "q4_0", "sfp8"], ["q4_0"]))
 def test_a_wrapper_by_hand_is_the_interceptors(method):
     """In a model's code, with adapters outside and inside of the stored weight."""
     case = given_layers(False)
@@ -308,7 +315,7 @@ class Biased(nn.Module):
         return layers, self.wrap(nn.Embed(64, 32))(jnp.asarray(IDS))
 
 
-@every_method
+@some_methods
 def test_init_stores_what_the_layer_draws(method):
     """Bits and scales are those of `quantize_checkpoint`; all other numbers are the layer's own."""
     rule, specs = Wrap(method), peft.layer_specs(Biased(), X)
@@ -345,7 +352,7 @@ def test_init_under_adapters():
 
 
 @pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
-@every_method
+@some_methods
 def test_partitioning_carries_over(method, box):
     """The scale is spread as the kernel is, but for axes along which numbers share one."""
     layer = nn.Dense(64, kernel_init=box(nn.initializers.lecun_normal(), ("in", "out")))
@@ -458,7 +465,7 @@ def tolerance_of(*trees):
     return max(found)
 
 
-@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize("name", partly_slow(list(FORWARDS), list(FORWARDS)[::3]))
 def test_forwards(name):
     layer, x, *method = FORWARDS[name]
     case = given(layer, x)

@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import linen as nn
 from flax.core import freeze as frozen_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import STORING, assert_close, key_of, numbers, randomised
+from helpers import STORING, assert_close, key_of, numbers, partly_slow, randomised
 
 import peft_jax as peft
 from peft_jax import quantsim
@@ -196,7 +196,7 @@ def check_entry(entry, encoding):
     np.testing.assert_array_equal(entry["offset"], np.asarray(encoding.offset).ravel())
 
 
-@every_config
+@pytest.mark.parametrize("config", partly_slow(CONFIGS, list(CONFIGS)[::2]))
 def test_documents_follow_the_schema(config, tmp_path):
     given = small(config)
     found = flat(given.encodings)
@@ -240,7 +240,7 @@ def test_documents_are_read_back_to_the_bit(config, tmp_path):
     chex.assert_trees_all_equal(nested(read), nested(expected))  # and nothing is frozen
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", partly_slow([0, 1], [1]))
 def test_documents_of_stacks_are_read_back_to_the_bit(axis, tmp_path):
     given = stacked(dataclasses.replace(NOTHING, weights=Quantizer(4), inputs=Quantizer(8)), axis)
     _, path = quantsim.export_base(tmp_path, given.params, given.encodings)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import meta
+from models import Doubled
 
 import peft_jax as peft
 
@@ -529,15 +530,6 @@ def test_an_interceptor_over_a_model_with_wrappers_is_refused():
 
 
 # --- Replacements that are not of this library ---------------------------------------------------
-
-
-class Doubled(nn.Module):
-    """A user's own wrapper."""
-
-    wrapped: nn.Module
-
-    def __call__(self, x):
-        return 2 * self.wrapped(x)
 
 
 def double(module):

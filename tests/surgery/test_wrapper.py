@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from models import Doubled
 
 import peft_jax as peft
 
@@ -42,15 +43,6 @@ class SetUp(nn.Module):
 
     def __call__(self, x):
         return self.heads["one"](self.encoder(x))
-
-
-class Doubled(nn.Module):
-    """A user's own wrapper."""
-
-    wrapped: nn.Module
-
-    def __call__(self, x):
-        return 2 * self.wrapped(x)
 
 
 def randomized(tree):

@@ -16,7 +16,7 @@ import pytest
 
 import peft_jax as peft
 from peft_jax import LoraSpec
-from peft_jax.adapters._combine import add_weighted_adapter
+from peft_jax.adapters import add_weighted_adapter
 
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
