@@ -233,7 +233,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_an_import_loads_nothing_beside_jax_flax_and_optax():
-    """orbax alone would take as long as jax; the command line and quantsim are asked for by name."""
+    """Orbax takes as long to import as jax; the command line and quantsim are asked for by name."""
     run = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
     loaded = run.stdout.split()
     libraries = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
