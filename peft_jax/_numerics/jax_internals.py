@@ -57,39 +57,6 @@ __all__ = [
     "while_split",
 ]
 
-
-__all__ = [
-    "CALLS",
-    "Equation",
-    "Primitive",
-    "Program",
-    "ShapedArray",
-    "branches_of",
-    "called",
-    "cond_p",
-    "consts_of",
-    "define_bilinear",
-    "define_derivative",
-    "is_recomputed",
-    "is_traced",
-    "is_unknown",
-    "is_zero",
-    "jit_context",
-    "new_primitive",
-    "programs_in",
-    "read",
-    "run_equation",
-    "run_program",
-    "scan_body",
-    "scan_p",
-    "scan_split",
-    "set_jit_context",
-    "takes_a_slice",
-    "while_p",
-    "while_programs",
-    "while_split",
-]
-
 Array = jax.Array
 ShapedArray = jax.core.ShapedArray
 

@@ -34,27 +34,6 @@ __all__ = [
     "set_attribute",
 ]
 
-
-__all__ = [
-    "Scope",
-    "bind_in_place",
-    "child_scope",
-    "has_returned",
-    "inside_lift",
-    "is_lifted",
-    "is_lifted_function",
-    "is_placed_by_context",
-    "is_setup_check",
-    "lifts_around",
-    "method_hook",
-    "params_of",
-    "patched",
-    "rngs_of",
-    "root_of",
-    "scope_for_init",
-    "set_attribute",
-]
-
 # --- Scopes --------------------------------------------------------------------------------------
 
 
