@@ -409,7 +409,7 @@ class PairLayout:
         return self.spec.stack_axes or (0,) * len(self.stack)
 
 
-# As in `_stacked`, on the host.
+# `stack_first` and `stack_back`, on the host.
 
 
 def _host_stack_first(x: HostArray, axes: tuple[int, ...]) -> HostArray:
