@@ -46,7 +46,7 @@ class Layer:
 
     Attributes:
       param: name of its parameter.
-      kind: which adapter computes ``x·a·b`` beside it: a row of the tables of adapters and wrappers.
+      kind: which adapter computes ``x·a·b`` beside it: its row in the tables of adapters.
       equation: the layer's equation, as this call uses it.
       input: the layer's ``x``, as this call receives it.
       methods: the methods that are this product; others pass unchanged.

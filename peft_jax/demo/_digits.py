@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn import datasets
 
 OLD_DIGITS = (0, 1, 2, 3, 4)
 NEW_DIGITS = (5, 6, 7, 8, 9)
@@ -28,6 +27,8 @@ class Digits:
 
 def load_digits(seed: int) -> tuple[Digits, Digits]:
     """Returns images to train on, and a fifth of all, held out, to judge by."""
+    from sklearn import datasets  # here: it imports for as long as all else together
+
     images, labels = datasets.load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     digits = Digits(images, labels.astype(np.int32))

@@ -4,16 +4,18 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import optax
 from jax import Array
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from peft_jax.demo._digits import Digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Params = dict[str, Any]
 Logits = Callable[[Params, Params, Array], Any]  # of trainable and frozen parameters, and images
@@ -109,8 +111,10 @@ def time_steps(trainings: Sequence[Training], digits: Digits, rounds: int = 30) 
     return [statistics.median(measured) for measured in times]
 
 
-def draw_losses(trainings: Sequence[Training], title: str) -> Figure:
+def draw_losses(trainings: Sequence[Training], title: str) -> "Figure":
     """Draws losses over steps: every step pale, the mean of the fifteen around it strong."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for number, training in enumerate(trainings):
