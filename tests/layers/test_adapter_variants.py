@@ -10,6 +10,7 @@ import chex
 import flax
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -871,6 +872,10 @@ def test_a_step_of_dora_takes_few_more_operations():
     assert dora <= 1.15 * lora, f"{dora / lora:.3f} times as many"
 
 
+@pytest.mark.xfail(
+    jaxlib.version.__version_info__ < (0, 10, 2),
+    reason="XLA of jaxlib before 0.10.2 forms the squares of the weight and of its change on CPU",
+)
 def test_a_step_of_dora_keeps_nothing_of_the_size_of_a_weight():
     """At few tokens, temporaries are activations and factors; a kernel is many times larger."""
     dora, lora = (compiled_step(variant, 2).memory_analysis() for variant in (DORA, ()))

@@ -236,7 +236,7 @@ def test_layouts_do_not_mix():
     """Values that lie differently are different nodes, of arrays of one shape too."""
     values, _ = peft.quantize(drawn(64, 32), "int4")
     for layout in (Layout("nf4", -2, 64), Layout("int4", -1, 64), Layout("int4", -2, 63)):
-        with pytest.raises(ValueError, match=r"int4_axis-2"):
+        with pytest.raises(ValueError, match=r"int4_axis-2|method='int4', axis=-2"):
             jax.tree.map(lambda a, b: a, values, peft.StoredValues(layout, values.array))
 
 
