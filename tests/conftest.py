@@ -1,4 +1,4 @@
-"""Settings for every test: strict promotion, eight virtual CPU devices, a cache of programs.
+"""Settings for every test: strict promotion, eight virtual CPU devices, how programs are compiled.
 
 Flax's modules keep to both rules in float32. In bfloat16 its normalisation layers (LayerNorm,
 RMSNorm, GroupNorm, InstanceNorm, BatchNorm) and its recurrent cells mix bfloat16 with float32 by
@@ -18,16 +18,26 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most programs run once, and compile three times as fast where LLVM optimizes little. Tests whose
+# outcome depends on it are marked `optimized`; with 0 here, all programs are compiled as for users.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
 
+COMPILES_QUICKLY = jax.config.read("jax_disable_most_optimizations")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_report_header() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    quickly = COMPILES_QUICKLY and item.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quickly)
 
 
 @pytest.fixture

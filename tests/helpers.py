@@ -2,18 +2,20 @@
 
 import contextlib
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import traverse_util
 from flax.core import meta
 
 import peft_jax as peft
+from peft_jax import quantsim
 
 RANK = 2
 WRAPPERS = {
@@ -110,18 +112,51 @@ def intercepting(rule):
     return contextlib.nullcontext() if rule is None else peft.ModuleInterceptor(rule)
 
 
-# Whole models are compiled here for one run each: at the lowest level, and with keys whose numbers
-# take little code, a program compiles three times as fast.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def hashed(x):
+    """A bijection of uint32 that scatters (constants of Wellons' hash prospector)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def counted(key, shape):
+    """A number for each place, which depends on the key."""
+    steps = jax.lax.iota(jnp.uint32, int(np.prod(shape))) * np.uint32(0x9E3779B9)
+    return hashed(hashed(steps + key) ^ key).reshape(shape)
+
+
+# Keys of JAX take a quarter of a second to compile wherever a layer is initialised, for sequences
+# that parallel devices need; the tests need numbers without a pattern.
+HASHED = jax.extend.random.define_prng_impl(
+    key_shape=(1,),
+    seed=lambda seed: hashed(jnp.asarray(seed).astype(jnp.uint32).reshape(1)),
+    split=lambda key, shape: counted(key, (*shape, 1)),
+    random_bits=lambda key, width, shape: counted(key, shape).astype(f"uint{width}"),
+    fold_in=lambda key, data: hashed(key ^ hashed(jnp.asarray(data).astype(jnp.uint32) + 1)),
+    name="hashed",
+    tag="hash",
+)
 
 
 def key_of(seed):
-    return jax.random.key(seed, impl="rbg")
+    """A key whose numbers take little code, so that programs compile faster."""
+    return jax.random.key(seed, impl=HASHED)
 
 
 def scattered(size, seed):
     """Numbers between -1 and 1 without a pattern; a program needs no random numbers for them."""
     return np.sin(np.arange(1, size + 1, dtype=np.float32) * np.float32(1.7 + 0.1 * seed) + seed)
+
+
+def encodings_by_path(tree):
+    """The encodings in a tree, by slashed path."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, quantsim.Encoding))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nested_encodings(flat):
+    """A tree of what `encodings_by_path` gives."""
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def randomised(lora, seed=0):
@@ -144,6 +179,12 @@ def rounding(terms, dtype=jnp.float32):
     before or after the sum, have ``4 * eps``.
     """
     return float(jnp.finfo(dtype).eps) * (2 * np.sqrt(terms) + 4)
+
+
+def assert_rounded(actual, expected, terms):
+    """Arrays computed in float32 are the expected ones, up to sums of so many products."""
+    bound = rounding(terms) * np.max(np.abs(expected), initial=0)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=bound)
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -289,7 +330,7 @@ def check_adapts(
             (gradient, expected, fused_gradient),
         )
 
-    found, (base, kept, before, start), (gradient, expected, fused_gradient) = compiled(everything)(
+    found, (base, kept, before, start), (gradient, expected, fused_gradient) = jax.jit(everything)(
         key_of(0), arrays
     )
     chex.assert_trees_all_equal(base, kept)

@@ -26,7 +26,6 @@ from helpers import (
     STORING,
     adapter_leaves,
     assert_close,
-    compiled,
     key_of,
     loss_of,
     numbers,
@@ -477,7 +476,7 @@ def quantized(cell: Cell, base: Any) -> tuple[Any, Any]:
 @functools.cache
 def run_plain(kind: str) -> Callable[..., Any]:
     model = KINDS[kind].model
-    return compiled(lambda base, *inputs: model.apply({"params": base}, *inputs))
+    return jax.jit(lambda base, *inputs: model.apply({"params": base}, *inputs))
 
 
 def on_fused(cell: Cell, base: Any, lora: Any) -> Any:
@@ -509,7 +508,7 @@ def run_adapted(kind: str, variant: str, quantization: str) -> Callable[..., Any
             output = model.apply({"params": params}, *inputs, rngs=rngs)
         return loss_of(output), output
 
-    @compiled
+    @jax.jit
     def step(base, lora, *inputs):
         run = jax.value_and_grad(apply, has_aux=True)
         (_, trained), gradient = run(lora, base, inputs, rngs)

@@ -1,17 +1,7 @@
 """Every cell of the support matrix does what README says; see `support_matrix`."""
 
-import jax
 import pytest
 import support_matrix as matrix
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Programs are compiled here for two runs each."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def check_all(cells):

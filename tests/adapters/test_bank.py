@@ -16,7 +16,6 @@ from helpers import (
     SIMULATING,
     STORING,
     assert_close,
-    compiled,
     key_of,
     numbers,
     scattered,
@@ -239,7 +238,7 @@ def two():
     return served(Two(), configs(["up"], ["up", "down"]), X)
 
 
-@compiled
+@jax.jit
 def run_two(params, x, selection):
     return two().rows(params, (x,), selection)
 
@@ -257,7 +256,7 @@ def check_rows(given, *inputs, tolerance=1e-5, **kwargs):
         return together, dict(zip((*trees, "base"), alone, strict=True))
 
     arguments = given.base, bank.params, bank.select(names), given.trees, inputs
-    together, alone = compiled(run)(*arguments)
+    together, alone = jax.jit(run)(*arguments)
     for i, name in enumerate(names):
         row, expected = (jax.tree.map(lambda y: y[i], y) for y in (together, alone[name or "base"]))  # noqa: B023
         assert_close(row, expected, 1e-6 if name is None else tolerance)
@@ -405,7 +404,7 @@ def test_choices_and_changes_of_a_bank_trace_nothing_anew():
     given = two()
     bank = given.bank(capacity=5)
 
-    @compiled
+    @jax.jit
     @chex.assert_max_traces(n=1)
     def run(params, x, selection):
         return given.rows(params, (x,), selection)
@@ -438,6 +437,7 @@ def test_choices_and_changes_of_a_bank_trace_nothing_anew():
     assert_close(rows(replaced, ["plain", "bias", None, "dora", "bias"]), expected)
 
 
+@pytest.mark.optimized
 def test_work_does_not_grow_with_the_number_of_adapters():
     x, config = numbers(4, 64), Config(r=2, target_modules=["up", "down"])
     given = served(Wide(), {"0": config}, x)
@@ -473,7 +473,7 @@ def rows_and_gradient(given):
         y = given.rows(peft.merge_params(base, params), (x,), selection)
         return jnp.sum(jnp.where(jnp.isnan(y), 0, y) ** 2), y
 
-    return compiled(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize("bad", ["dora", pytest.param("plain", marks=pytest.mark.slow)])
@@ -524,7 +524,7 @@ def test_rows_of_slots_without_an_adapter(slot):
     assert np.isfinite(y[np.asarray([0, 2, 3, 4])]).all()
 
 
-@compiled
+@jax.jit
 def traced_rows(params, slots):
     given = two()
     return given.rows(params, (X,), given.bank(capacity=5).select(slots))
@@ -571,7 +571,7 @@ def test_gradients_are_those_of_each_adapter_alone_and_padding_has_none(model):
 
         return jax.grad(together)(params), jax.grad(alone)(trees)
 
-    gradient, expected = compiled(losses)(bank.params, given.trees, bank.select(names))
+    gradient, expected = jax.jit(losses)(bank.params, given.trees, bank.select(names))
     found = bank.with_params(gradient)
     own = {name: found.adapter(name)[0] for name in given.trees}
     assert_close(own, expected)
@@ -609,7 +609,7 @@ def single_runs(given, optimizer, x, y, steps):
 
     trees = dict(given.trees)
     states = {name: optimizer.init(tree) for name, tree in trees.items()}
-    found, step = [], compiled(step)
+    found, step = [], jax.jit(step)
     for _ in range(steps):
         trees, states, values = step(trees, states)
         found.append([values[name] for name in given.trees])
@@ -634,7 +634,7 @@ def bank_run(given, bank, optimizer, x, y, steps, at_once):
         return optax.apply_updates(params, update), state, values
 
     params, state = bank.params, together.init(bank.params)
-    found, step = [], compiled(step)
+    found, step = [], jax.jit(step)
     for _ in range(steps):
         params, state, values = step(params, state, bank.each(group_size=x.shape[1]))
         found.append(values)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import FrozenDict, freeze
-from helpers import adapter_leaves, assert_close, compiled, initialise, numbers
+from helpers import adapter_leaves, assert_close, initialise, key_of, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from peft_jax.adapters._sparsify import elected_mean, keep_largest, keep_random,
 DENSE = LoraSpec("kernel", "ir,ro->io", 2)
 INPUTS, OUTPUTS = 6, 5
 WEIGHTS, SCALINGS = (0.7, -1.5, 2.0), (0.5, 3.0, 1.25)
-KEY = jax.random.key(3)
+KEY = key_of(3)
 
 SEPARATE = ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 DECOMPOSED = ["svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]
@@ -49,7 +49,7 @@ def combine(adapters, weights, specs, combination_type, key=KEY, **options):
     """The same, compiled in one program."""
     made = []
 
-    @compiled
+    @jax.jit
     def run(adapters, key):
         lora, new = eager(adapters, weights, specs, combination_type, key=key, **options)
         made.append(new)
@@ -204,7 +204,7 @@ def test_a_drawn_combination_is_right_in_the_mean():
         lora, _ = eager(trees, WEIGHTS, specs, "dare_linear_svd", svd_rank=5, key=key)
         return lora["x"]["lora"]["a"] @ lora["x"]["lora"]["b"]
 
-    found = wide(compiled(jax.vmap(combined))(jax.random.split(KEY, 4000)))
+    found = wide(jax.jit(jax.vmap(combined))(jax.random.split(KEY, 4000)))
     error = np.std(found, axis=0) / np.sqrt(len(found))
     assert np.max(np.abs(np.mean(found, axis=0) - exact_sum(trees, WEIGHTS, specs)) / error) < 5
 
@@ -213,8 +213,7 @@ def test_draws_depend_on_the_key_and_the_layer():
     trees = [{"x": tree["x"], "y": tree["x"]} for tree in three()[0]]
     specs = {f"{name}/lora": DENSE for name in "xy"}
     first, again, other = (
-        combine(trees, WEIGHTS, specs, "dare_linear", key=jax.random.key(seed))[0]
-        for seed in (0, 0, 1)
+        combine(trees, WEIGHTS, specs, "dare_linear", key=key_of(seed))[0] for seed in (0, 0, 1)
     )
     chex.assert_trees_all_equal(first, again)
     for one, two in ((first["x"], other["x"]), (first["x"], first["y"])):
@@ -336,7 +335,7 @@ def test_one_adapter_is_scaled_by_its_weight(combination_type):
     trees, specs = three()
     weights = [2.5, -0.8]
 
-    @compiled
+    @jax.jit
     def all_of_them(trees):
         return [
             eager(trees, [weight], specs[:1], combination_type, density=1.0).lora
@@ -351,7 +350,7 @@ def test_one_adapter_is_scaled_by_its_weight(combination_type):
 def test_negated_weights_negate_the_product(combination_type):
     trees, specs = three()
 
-    @compiled
+    @jax.jit
     def both(trees):
         return [
             eager(trees, [sign * w for w in WEIGHTS], specs, combination_type).lora
@@ -367,7 +366,7 @@ def test_weights_may_be_arrays_of_numbers(kind):
     trees, specs = three()
     expected, _ = combine(trees, WEIGHTS, specs, "linear")
     found, _ = combine(trees, kind(WEIGHTS), specs, "linear")
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert_close(found, expected)
 
 
 # --- Kinds of layers, stacks and batches ---------------------------------------------------------
@@ -519,7 +518,7 @@ def test_layers_of_a_stack_and_indices_of_a_batch_are_combined_apart(kind, combi
         leaves = tree["x"]["lora"]
         return {"x": {"lora": {"a": cut(leaves["a"], 0, index), "b": cut(leaves["b"], 1, index)}}}
 
-    @compiled
+    @jax.jit
     def both(trees):
         lora, new = eager(trees, WEIGHTS[:2], specs, combination_type)
         found = change(lora, new, full.shape)
@@ -580,7 +579,7 @@ def nets(**more):
     for i, fields in enumerate(CONFIGS):
         model = peft.get_peft_model(Net(), peft.LoraConfig(**{**fields, **more}))
         specs.append(peft.lora_specs(model, TOKENS))
-        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(1), TOKENS))["params"]
+        shapes = jax.eval_shape(lambda m=model: m.init(key_of(1), TOKENS))["params"]
         leaves, structure = jax.tree.flatten(peft.split_params(shapes).lora)
         drawn = [numbers(*leaf.shape, seed=100 * i + j) for j, leaf in enumerate(leaves)]
         trees.append(jax.tree.unflatten(structure, drawn))
@@ -592,7 +591,7 @@ def all_changes(bias, combination_type, weights, **options):
     base, trees, specs = nets(lora_bias=bias)
     made = {}
 
-    @compiled
+    @jax.jit
     def run(base, trees):
         lora, made["specs"] = eager(trees, weights, specs, combination_type, **options)
         zeros = jax.tree.map(jnp.zeros_like, base)
@@ -657,7 +656,7 @@ def test_an_adapter_that_lacks_a_layer_counts_as_zero(combination_type):
     filled = [*lacking[:2], {**trees[2], "y": zero}]
     both = [{**spec, "y/lora": spec["x/lora"]} for spec in specs]
 
-    @compiled
+    @jax.jit
     def combined(lacking, filled):
         found, _ = eager(lacking, WEIGHTS, [*both[:2], specs[2]], combination_type)
         return found, eager(filled, WEIGHTS, both, combination_type).lora
@@ -678,7 +677,7 @@ def test_the_result_is_what_a_config_says():
     model = peft.get_peft_model(Net(), config)
     assert peft.lora_specs(model, TOKENS) == new
 
-    @compiled
+    @jax.jit
     def answers(base, lora):
         merged = peft.merge_params(base, lora)
         fused = peft.fuse_params(merged, specs=new)

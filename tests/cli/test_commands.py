@@ -24,6 +24,7 @@ from cli_files import (
     write_sharded,
 )
 from flax.traverse_util import unflatten_dict
+from helpers import partly_slow
 from safetensors.numpy import save_file
 
 import peft_jax
@@ -407,7 +408,10 @@ def test_ctrl_c_in_the_middle_leaves_nothing(format, base, tmp_path, capsys, mon
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    partly_slow([(signal.SIGINT, 130), (signal.SIGTERM, 143)], [(signal.SIGTERM, 143)]),
+)
 def test_a_process_that_is_stopped_leaves_nothing(number, status, tmp_path):
     """The signal comes while the second tensor is quantized."""
     tensors = {f"l{i}/kernel": np.ones((64, 64), np.float32) for i in range(4)}

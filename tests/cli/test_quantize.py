@@ -24,6 +24,7 @@ from cli_files import (
 )
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import key_of, partly_slow
 from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
@@ -60,7 +61,7 @@ def checked_against_the_library(tensors, method, tmp_path, capsys):
     assert_same(load_file(output), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", partly_slow(list(METHODS), list(METHODS)[::2]))
 def test_leaf_for_leaf_as_quantize_checkpoint(method, tmp_path, capsys):
     tensors = {
         "a/kernel": numbers(192, 64),
@@ -128,7 +129,7 @@ class Classifier(nn.Module):
 @pytest.mark.parametrize("format", ["safetensors", "orbax"])
 def test_the_output_runs_in_stored_layers(format, tmp_path, capsys):
     x = jnp.asarray(numbers(3, 64))
-    params = Classifier().init(jax.random.key(0), x)["params"]
+    params = Classifier().init(key_of(0), x)["params"]
     save_file(flat(params), tmp_path / "in.safetensors")
     output = tmp_path / "out"
     succeed(

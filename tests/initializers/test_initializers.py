@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, meta
-from helpers import compiled, key_of, numbers, partly_slow, shapes
+from helpers import key_of, numbers, partly_slow, rounding, shapes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import peft_jax as peft
@@ -124,7 +124,7 @@ def covariances(specs, base):
 
 def begun(base, specs, key=KEY, **given):
     """`init_lora_weights` as one program, which compiles faster than its parts."""
-    return compiled(lambda base, key: init_lora_weights(base, specs, key, **given))(base, key)
+    return jax.jit(lambda base, key: init_lora_weights(base, specs, key, **given))(base, key)
 
 
 def start(case, method, base=None, **given):
@@ -152,7 +152,7 @@ def fused(case, started):
 # --- Every layer, every method -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", partly_slow(list(LAYERS), list(LAYERS)[::2]))
 def test_the_base_and_the_adapters_make_up_the_model_as_it_was(name):
     case = case_of(LAYERS[name], use_dora=True)
     methods = TAKING if name in WITH_CORDA else TAKING[:2]
@@ -162,7 +162,7 @@ def test_the_base_and_the_adapters_make_up_the_model_as_it_was(name):
         return started, [fused(case, pair) for pair in started]
 
     ((path, spec),) = case.specs.items()
-    for method, (base, lora), total in zip(methods, *compiled(run)(case.base), strict=True):
+    for method, (base, lora), total in zip(methods, *jax.jit(run)(case.base), strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(lora, case.lora)
         close(total, case.base)
         moved = weight_of(base, path, spec) - weight_of(case.base, path, spec)
@@ -180,7 +180,7 @@ def test_the_adapted_model_computes_what_the_plain_one_does(name):
         merged = peft.merge_params(*start(case, "pissa", base))
         return case.model.apply({"params": merged}, *case.inputs), expected
 
-    close(*compiled(run)(case.base))
+    close(*jax.jit(run)(case.base))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_scalings_and_ranks_beyond_the_matrix(rank, settings, also):
         started = [start(case, method, base) for method in ("pissa", "olora", also)]
         return started[0].lora, [fused(case, pair) for pair in started]
 
-    lora, sums = compiled(run)(case.base)
+    lora, sums = jax.jit(run)(case.base)
     for total in sums:
         close(total, case.base)
     assert shapes(lora) == {"lora": {"a": (4, rank), "b": (rank, 5)}}
@@ -215,7 +215,7 @@ def test_one_rounding_in_bfloat16(name):
         started = [start(case, method, base) for method in TAKING[:2]]
         return started, [fused(case, pair) for pair in started]
 
-    for (new, lora), total in zip(*compiled(run)(base), strict=True):
+    for (new, lora), total in zip(*jax.jit(run)(base), strict=True):
         chex.assert_trees_all_equal_dtypes(new, base)
         assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype(jnp.float32)}
         close(total, base, 2.0**-7)
@@ -238,7 +238,8 @@ def test_the_distributions_of_random_numbers(kind):
     for method, arrays in drawn.items():
         a, b = np.asarray(arrays["a"]), np.asarray(arrays["b"])
         if method == "orthogonal":
-            np.testing.assert_allclose(a @ b, 0, atol=1e-6)
+            bound = rounding(a.shape[1]) * np.max(np.abs(a) @ np.abs(b))
+            np.testing.assert_allclose(a @ b, 0, atol=bound)
             assert abs(np.std(a) - 0.1 / np.sqrt(2)) < 0.01
         elif kind == "embed":
             assert abs(np.std(b) - 1) < 0.05
@@ -298,7 +299,7 @@ def test_randomised_pissa_comes_near_with_iterations():
     def run(base):
         return [init_lora_weights(base, specs, KEY, method=method).lora for method in methods]
 
-    exact, *near = map(fused_change, compiled(run)({"kernel": kernel}))
+    exact, *near = map(fused_change, jax.jit(run)({"kernel": kernel}))
     for change, tolerance in zip(near, (0.2, 1e-3, 1e-5), strict=True):
         assert np.linalg.norm(change - exact) <= tolerance * np.linalg.norm(exact)
 
@@ -375,7 +376,7 @@ def error_of(base, lora, specs, original):
     ("method", "stack"),
     partly_slow(
         [*((method, None) for method in METHODS), ("int4", 1), ("nf4", 0)],
-        [("q4_0", None), ("sfp8", None), ("int4", 1), ("nf4", 0)],
+        [("q4_0", None), ("int4", 1)],
     ),
 )
 def test_loftq_comes_nearer_than_quantization_alone(method, stack):
@@ -466,7 +467,7 @@ def test_trained_adapters_become_plain_ones(name, use_dora):
         return before, peft.fuse_params(peft.merge_params(original, plain), specs=specs)
 
     kept = []
-    close(*compiled(run)(case.base))
+    close(*jax.jit(run)(case.base))
     for path, spec in kept[0].items():
         assert spec.rank == 2 * RANK
         assert spec.scaling == case.specs[path].scaling

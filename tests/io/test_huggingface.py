@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import randomised
+from helpers import assert_rounded, key_of, randomised
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -86,7 +86,7 @@ KEPT = {}
 def made(model, inputs, dtype, options):
     config = peft.LoraConfig(**{"r": 2, "lora_alpha": 5, **options})
     adapted_model = peft.get_peft_model(model, config)
-    params = jax.eval_shape(lambda: adapted_model.init(jax.random.key(0), inputs))["params"]
+    params = jax.eval_shape(lambda: adapted_model.init(key_of(0), inputs))["params"]
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype or leaf.dtype), params)
     mask = flatten_dict(peft.trainable_mask(params, config))
     flat = flatten_dict(randomised(params))
@@ -227,7 +227,7 @@ def test_any_equation_is_a_linear_layer(equation, use_dora, tmp_path):
     order = free + [inputs.replace("...", "b").index(c) for c in summed]
     joined = x.transpose(order).reshape(*(x.shape[i] for i in free), -1)
     y = (joined @ a.T @ b.T).reshape(expected.shape)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert_rounded(y, expected, x.size)
     if use_dora:
         magnitude = found[f"{PREFIX}proj.lora_magnitude_vector"]
         np.testing.assert_array_equal(magnitude, np.ravel(lora["magnitude"]))
@@ -316,7 +316,7 @@ def test_names_of_whole_parameters_by_the_base(tmp_path):
     specs = {**case.specs, **peft.layer_specs(model, IDS)}
     case.save(tmp_path / "a", specs=specs)
     rewritten(tmp_path / "a", lambda found: None)
-    base = jax.eval_shape(lambda: model.init(jax.random.key(0), IDS))["params"]
+    base = jax.eval_shape(lambda: model.init(key_of(0), IDS))["params"]
     assert_same(load_adapter(tmp_path / "a", specs=specs, base=base)[0], case.lora)
     with pytest.raises(ValueError, match="base="):
         load_adapter(tmp_path / "a", specs=specs)
@@ -574,7 +574,7 @@ def test_trees_that_do_not_fit_are_not_saved(change, match, tmp_path):
 def test_the_model_itself_has_no_name(tmp_path):
     model = nn.Dense(3)
     with peft.ModuleInterceptor(lambda m: peft.LoRADense(rank=2, wrapped=m)):
-        params = model.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
+        params = model.init(key_of(0), jnp.zeros((1, 4)))["params"]
         specs = peft.lora_specs(model, jnp.zeros((1, 4)))
     lora = peft.split_params(params).lora
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["x"])

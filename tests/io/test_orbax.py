@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax.core import meta
-from helpers import numbers
+from helpers import key_of, numbers
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +36,7 @@ CONFIG = peft.LoraConfig(
 def trained(seed=0):
     """An adapted model's parameters, and the specs."""
     model = peft.get_peft_model(Net(), CONFIG)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), X))["params"]
+    shapes = jax.eval_shape(lambda: model.init(key_of(0), X))["params"]
     return drawn(shapes, seed), peft.lora_specs(model, X)
 
 

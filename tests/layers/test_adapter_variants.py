@@ -14,17 +14,7 @@ import jaxlib
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import (
-    RANK,
-    SIMULATING,
-    STORING,
-    WRAPPERS,
-    assert_close,
-    compiled,
-    key_of,
-    numbers,
-    scattered,
-)
+from helpers import RANK, SIMULATING, STORING, WRAPPERS, assert_close, key_of, numbers, scattered
 
 import peft_jax as peft
 
@@ -230,7 +220,7 @@ def reference(case, base, adapters, scaling, layer=None):
             np.asarray(x, np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
             for x in case.inputs
         )
-        grad = compiled(jax.grad(run, has_aux=True))
+        grad = jax.jit(jax.grad(run, has_aux=True))
         gradient, (kernel, y) = grad(as_float64(adapters), as_float64(base), inputs)
         narrow = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float32))
         return narrow(kernel), narrow(y), narrow(gradient)
@@ -280,7 +270,7 @@ def run_everything(case, model, *, fusing=True):
         k: peft.LoraSpec.from_dict(json.loads(json.dumps(s.to_dict()))) for k, s in specs.items()
     }
 
-    @compiled
+    @jax.jit
     def program():
         params = model.init(key_of(0), *case.inputs, method=case.method)["params"]
         base, lora = peft.split_params(params)
@@ -459,7 +449,7 @@ def test_on_simulated_weights(name, method):
     simulate = SIMULATING[type(case.layer)](wrapped=case.layer, method=method)
     model = case.wrapped(around=lambda layer: simulate, use_dora=True)
 
-    @compiled
+    @jax.jit
     def program():
         params = model.init(key_of(0), *case.inputs, method=case.method)["params"]
         base, lora = peft.split_params(params)
@@ -536,7 +526,7 @@ def test_the_layers_dtype_is_kept(case, variant, param_dtype, dtype):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params["lora"]))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
     if param_dtype is None and case in (CASES["dense"], CASES["lookup and attend"]):
-        params, plain, start, _ = compiled(program)()
+        params, plain, start, _ = jax.jit(program)()
         assert_close(start, plain, 2e-2)
 
 
@@ -552,7 +542,7 @@ def test_zero_columns_give_numbers(at_weight):
     wrapper = peft.LoRAWeight if at_weight else peft.LoRADense
     model = wrapper(rank=RANK, use_dora=True, wrapped=nn.Dense(5, use_bias=False))
 
-    @compiled
+    @jax.jit
     def program(kernel, b):
         a = model.init(key_of(0), x)["params"]["lora"]["a"]
         magnitude = jnp.linalg.norm(kernel, axis=0)
@@ -599,7 +589,7 @@ def test_dropout_drops_the_adapters_product_alone(name, variant):
         rngs = None if rng is None else {"dropout": rng}
         return model.apply({"params": params}, *case.inputs, method=case.method, rngs=rngs)
 
-    @compiled
+    @jax.jit
     def program():
         params = model.init(key_of(0), *case.inputs, method=case.method)["params"]
         base, lora = peft.split_params(params)
@@ -706,7 +696,7 @@ def test_under_lifted_transforms(how, variant, whole):
         {"dora"} if variant.get("use_dora") else {"lora"}
     )
 
-    @compiled
+    @jax.jit
     def program():
         params = model.init(key_of(0), x)["params"]
         base, lora = peft.split_params(params)
@@ -766,7 +756,7 @@ def check_normalised(norm, call):
     with peft.ModuleInterceptor(Dora()):
         specs = peft.lora_specs(model, x)
 
-    @compiled
+    @jax.jit
     def program():
         plain = model.init(key_of(0), x)
         before = model.apply(plain, x)
@@ -812,12 +802,12 @@ def test_vmap_over_adapters_and_forward_derivatives():
     def loss(lora):
         return weighed(model.apply({"params": peft.merge_params(base, lora)}, *case.inputs))
 
-    at_once = compiled(jax.vmap(jax.value_and_grad(loss)))(batch)
-    alone = compiled(jax.value_and_grad(loss))
+    at_once = jax.jit(jax.vmap(jax.value_and_grad(loss)))(batch)
+    alone = jax.jit(jax.value_and_grad(loss))
     one_by_one = [alone(lora) for lora in adapters]
     assert_close(at_once, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one), 1e-5)
     tangent = drawn(lora, 7)
-    forward = compiled(lambda x, t: jax.jvp(loss, (x,), (t,))[1])(adapters[0], tangent)
+    forward = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,))[1])(adapters[0], tangent)
     products = jax.tree.map(lambda g, t: jnp.sum(g * t), one_by_one[0][1], tangent)
     assert float(forward) == pytest.approx(float(sum(jax.tree.leaves(products))), rel=1e-4)
 
@@ -855,7 +845,7 @@ class Chain(nn.Module):
 @functools.cache
 def compiled_step(variant=(), tokens=TOKENS):
     model, x = Chain(variant), jax.ShapeDtypeStruct((tokens, WIDTH), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = jax.eval_shape(model.init, key_of(0), x)["params"]
     base, lora = peft.split_params(params)
 
     def loss(lora, base, x):
@@ -867,6 +857,7 @@ def compiled_step(variant=(), tokens=TOKENS):
 DORA = (("use_dora", True),)
 
 
+@pytest.mark.optimized
 def test_a_step_of_dora_takes_few_more_operations():
     dora, lora = (compiled_step(variant).cost_analysis()["flops"] for variant in (DORA, ()))
     assert dora <= 1.15 * lora, f"{dora / lora:.3f} times as many"
@@ -876,6 +867,7 @@ def test_a_step_of_dora_takes_few_more_operations():
     jaxlib.version.__version_info__ < (0, 10, 2),
     reason="XLA of jaxlib before 0.10.2 forms the squares of the weight and of its change on CPU",
 )
+@pytest.mark.optimized
 def test_a_step_of_dora_keeps_nothing_of_the_size_of_a_weight():
     """At few tokens, temporaries are activations and factors; a kernel is many times larger."""
     dora, lora = (compiled_step(variant, 2).memory_analysis() for variant in (DORA, ()))
@@ -896,7 +888,7 @@ def stored_step(use_dora, depth, method):
             return x
 
     model, x = Stored(), jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)
-    base, lora = peft.split_params(jax.eval_shape(model.init, jax.random.key(0), x)["params"])
+    base, lora = peft.split_params(jax.eval_shape(model.init, key_of(0), x)["params"])
 
     def loss(lora, base, x):
         return jnp.mean(model.apply({"params": peft.merge_params(base, lora)}, x) ** 2)
@@ -907,6 +899,7 @@ def stored_step(use_dora, depth, method):
 @pytest.mark.parametrize(
     "method", ["nf4", *(pytest.param(m, marks=slow) for m in ("int4", "int8", "q4_0", "sfp8"))]
 )
+@pytest.mark.optimized
 def test_dora_on_stored_weights_keeps_no_dequantized_weights(method):
     """Temporaries do not grow by a dequantized weight with each layer."""
     few, many = (

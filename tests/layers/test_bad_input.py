@@ -328,4 +328,4 @@ def twice(variables):
 )
 def test_adapters_where_parameters_are_not_those_that_are_stored(layer):
     with pytest.raises(ValueError, match=r"nn\.map_variables.*ModuleInterceptor"):
-        layer.init(jax.random.key(0), X)
+        layer.init(key_of(0), X)

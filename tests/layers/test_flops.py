@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from helpers import key_of
 
 import peft_jax as peft
+
+pytestmark = pytest.mark.optimized
 
 TOKENS, WIDTH, LAYERS, RANK = 256, 128, 4, 4
 
@@ -42,7 +45,7 @@ def compiled_step(tokens=TOKENS, interceptor=None):
     model, x = Chain(), jax.ShapeDtypeStruct((1, tokens, WIDTH), jnp.float32)
     interceptor = interceptor or peft.ModuleInterceptor(Adapt())
     with interceptor:
-        params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+        params = jax.eval_shape(model.init, key_of(0), x)["params"]
         base, lora = peft.split_params(params)
 
         def loss(lora, base, x):
@@ -99,7 +102,7 @@ def test_nothing_of_the_size_of_the_base_is_kept():
 def test_the_gradient_of_all_parameters_would_be_seen():
     """The check above can fail: differentiating the base keeps gradients of its size."""
     model, x = Chain(), jax.ShapeDtypeStruct((1, 2, WIDTH), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    params = jax.eval_shape(model.init, key_of(0), x)
     loss = lambda params, x: loss_of(model.apply(params, x))  # noqa: E731
     memory = jax.jit(jax.grad(loss)).lower(params, x).compile().memory_analysis()
     assert memory.output_size_in_bytes >= LAYERS * 4 * WIDTH * WIDTH

@@ -15,7 +15,6 @@ from helpers import (
     Adapt,
     assert_close,
     check_adapts,
-    compiled,
     expected_kernel,
     initialise,
     intercepting,
@@ -352,7 +351,7 @@ def test_gradients_at_full_optimization(case):
         return loss_of(model.apply({"params": params}, *inputs, method=case.method))
 
     found = jax.jit(jax.grad(gradient))(random, x)
-    assert_close(found, compiled(jax.grad(gradient))(random, x))
+    assert_close(found, jax.jit(jax.grad(gradient))(random, x))
 
 
 @some_kinds
@@ -360,7 +359,7 @@ def test_a_wrapper_by_hand_is_the_interceptors(case):
     """The same parameters at the same paths, and the same outputs, bit for bit."""
     by_hand, rule = wrapped(case, alpha=3), Adapt(alpha=3)
 
-    @compiled
+    @jax.jit
     def both():
         params = initialise(by_hand, *case.inputs, method=case.method)["params"]
         found = initialise(case.layer, *case.inputs, rule=rule, method=case.method)["params"]
@@ -510,8 +509,8 @@ def with_fields(case, **fields):
     return dataclasses.replace(case, layer=case.layer.clone(**fields))
 
 
-@every_kind
 @pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16])
+@some_kinds
 def test_bfloat16_stays(case, stored):
     """The output keeps the layer's dtype, the adapter has its own, and nothing is float64."""
     case = with_fields(case, dtype=jnp.bfloat16, param_dtype=stored)
@@ -520,7 +519,7 @@ def test_bfloat16_stays(case, stored):
     model = wrapped(case, alpha=3)
     specs = peft.lora_specs(model, *case.inputs, method=case.method)
 
-    @compiled
+    @jax.jit
     def everything():
         base, lora = peft.split_params(
             initialise(model, *case.inputs, method=case.method)["params"]
@@ -612,15 +611,15 @@ def test_the_bases_dropout_masks_stay_bit_for_bit():
             return nn.Dropout(0.5, deterministic=False)(x), noise
 
     x = numbers(3, 4)
-    rngs = {"dropout": jax.random.key(1), "noise": jax.random.key(2)}
+    rngs = {"dropout": key_of(1), "noise": key_of(2)}
 
-    @compiled
+    @jax.jit
     def run(params):
         return Model().apply({"params": params}, x, rngs=rngs)
 
     def init(rule):
         with intercepting(rule):
-            return compiled(lambda: Model().init({"params": key_of(0), **rngs}, x))()["params"]
+            return jax.jit(lambda: Model().init({"params": key_of(0), **rngs}, x))()["params"]
 
     params = init(None)
     plain = run(params)

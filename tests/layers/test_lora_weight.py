@@ -317,7 +317,7 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("lift", "how"), partly_slow(COMBINATIONS, COMBINATIONS[::2]))
+@pytest.mark.parametrize(("lift", "how"), partly_slow(COMBINATIONS, COMBINATIONS[::3]))
 def test_under_a_lift(lift, how):
     lift, axes = LIFTS[lift]
 

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import compiled, key_of
+from helpers import key_of
 
 import peft_jax as peft
 from peft_jax import demo
@@ -113,7 +113,7 @@ def digits_of(digits):
     return demo.load_digits(0)[0].only(digits).take(np.arange(SLICE))
 
 
-@functools.partial(compiled, static_argnames=("model", "config", "rules", "steps"))
+@functools.partial(jax.jit, static_argnames=("model", "config", "rules", "steps"))
 def train(params, digits, model, config=None, rules=(), steps=STEPS):
     """The parameters, and the losses before and after steps on all the images at once."""
     images, labels = digits
@@ -142,7 +142,7 @@ def train(params, digits, model, config=None, rules=(), steps=STEPS):
         return (optax.apply_updates(params, updates), state), None
 
     # Not `key_of`: at this level of compilation its numbers take most of a step with dropout.
-    keys = jax.random.split(jax.random.key(1), steps)
+    keys = jax.random.split(key_of(1), steps)
     carry = params, optimizer.init(params)
     (trained, _), _ = jax.lax.scan(step, carry, keys)
     return trained, loss_of(params), loss_of(trained)
@@ -162,7 +162,7 @@ def linear_specs():
 @functools.cache
 def pretrained(model):
     images, labels = arrays_of(demo.OLD_DIGITS)
-    params = compiled(model.init)(key_of(0), images)["params"]
+    params = jax.jit(model.init)(key_of(0), images)["params"]
     params, _, after = train(params, (images, labels), model, steps=2 * STEPS)
     assert after < 0.2, "the model has not learned its first task"
     return params
@@ -170,7 +170,7 @@ def pretrained(model):
 
 def start(base, specs, **given):
     """Adapters and the base that goes with them, in one program, which compiles fast."""
-    run = compiled(lambda base, key: peft.init_lora_weights(base, specs, key, **given))
+    run = jax.jit(lambda base, key: peft.init_lora_weights(base, specs, key, **given))
     return peft.merge_params(*run(base, key_of(1)))
 
 

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import assert_close, compiled, key_of, loss_of, numbers, randomised, shapes
+from helpers import (
+    assert_close,
+    key_of,
+    loss_of,
+    numbers,
+    partly_slow,
+    randomised,
+    rounding,
+    shapes,
+)
 
 import peft_jax as peft
 
@@ -235,7 +244,7 @@ def check(model, adapted, *inputs, method=None, identity=True):
     """
     specs = peft.lora_specs(adapted, *inputs, method=method)
 
-    @compiled
+    @jax.jit
     def program():
         plain = model.init(key_of(0), *inputs, method=method)["params"]
         params = adapted.init(key_of(0), *inputs, method=method)["params"]
@@ -250,7 +259,7 @@ def check(model, adapted, *inputs, method=None, identity=True):
         return plain, base, params, outputs
 
     plain, base, params, (before, start, output, on_fused) = program()
-    chex.assert_trees_all_close(plain, base, rtol=0, atol=1e-6 if "dora" in str(specs) else 0)
+    assert_close(plain, base, rounding(1) if "dora" in str(specs) else 0)
     if identity:
         assert_close(start, before, 1e-5)
     assert_close(output, on_fused, 1e-4)
@@ -877,7 +886,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize(("first", "second"), partly_slow(PAIRS, list(PAIRS)[::2]))
 def test_two_adapters(first, second):
     model = Small()
     one = adapt(model, **{"r": 2, **first})
@@ -931,8 +940,8 @@ METHODS = {
 @pytest.mark.parametrize(("method", "x"), METHODS.values(), ids=METHODS)
 def test_every_method_runs_adapted(bound_setup, method, x):
     model, adapted, params, fused = bound_setup
-    run = compiled(functools.partial(adapted.apply, method=method))
-    plain = compiled(functools.partial(model.apply, method=method))
+    run = jax.jit(functools.partial(adapted.apply, method=method))
+    plain = jax.jit(functools.partial(model.apply, method=method))
     assert_close(run({"params": params}, x), plain({"params": fused}, x), 1e-4)
 
 
@@ -1072,7 +1081,7 @@ def test_jit_grad_vmap_and_scan():
     def loss(lora, ids):
         return loss_of(adapted.apply({"params": peft.merge_params(base, lora)}, ids))
 
-    @compiled
+    @jax.jit
     def program():
         one_by_one = [jax.value_and_grad(loss)(random, ids[None]) for ids in IDS]
         at_once = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0))(random, IDS[:, None])
@@ -1125,7 +1134,7 @@ def test_with_quantization_around(how, use_dora):
     adapted = adapt(Compact(), r=2, target_modules="all-linear", use_dora=use_dora)
     specs = peft.lora_specs(adapted, IDS)
 
-    @compiled
+    @jax.jit
     def program():
         with peft.ModuleInterceptor(Around(how)):
             params = adapted.init(key_of(0), IDS)["params"]

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import serialization
 from flax.core import FrozenDict, meta
-from helpers import compiled, key_of, numbers, partly_slow
+from helpers import assert_close, key_of, numbers, partly_slow
 
 import peft_jax as peft
 from peft_jax.adapters import SharedStack, replicate_layers
@@ -73,9 +73,9 @@ def run(model, params, x=X):
     return model.apply({"params": params}, x)
 
 
-def assert_same(pair, *args, rtol=1e-5):
+def assert_same(pair, *args, tolerance=1e-5):
     """Both results of a function, from one program."""
-    assert_close(*compiled(pair)(*args), rtol=rtol)
+    assert_close(*jax.jit(pair)(*args), tolerance)
 
 
 def loss_of(model, x=X):
@@ -83,10 +83,6 @@ def loss_of(model, x=X):
         return jnp.mean(model.apply({"params": peft.merge_params(base, lora)}, x) ** 2)
 
     return loss
-
-
-def assert_close(left, right, rtol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), left, right)
 
 
 # --- Layers with names of their own --------------------------------------------------------------
@@ -182,7 +178,7 @@ def test_each_layer_has_adapters_of_its_own():
 
     larger = peft.get_peft_model(Named(7), PLAIN_CONFIG)
     base, lora = peft.split_params(big)
-    grads = compiled(jax.grad(loss_of(larger)))(lora, base)
+    grads = jax.jit(jax.grad(loss_of(larger)))(lora, base)
     assert not np.allclose(grads["layers_2"]["q"]["lora"]["b"], grads["layers_4"]["q"]["lora"]["b"])
 
 
@@ -196,7 +192,7 @@ def test_replicas_are_fused_each_by_its_own_adapter():
         fused = peft.fuse_params(params, specs=specs)
         return run(Named(7), fused), run(larger, params)
 
-    assert_same(both, drawn(Named(5)), lora, rtol=1e-4)
+    assert_same(both, drawn(Named(5)), lora, tolerance=1e-4)
 
 
 def test_replicating_twice_composes():
@@ -370,7 +366,7 @@ def test_variants_on_a_shared_stack(variant):
 
 def test_the_magnitude_starts_as_each_layers_own_norm():
     larger = peft.get_peft_model(Scanned(5), dataclasses.replace(CONFIG, use_dora=True))
-    params = compiled(larger.init)(KEY, X)["params"]["layers"]["q"]
+    params = jax.jit(larger.init)(KEY, X)["params"]["layers"]["q"]
     norms = jnp.linalg.norm(meta.unbox(params["kernel"]), axis=1)
     assert_close(params["lora"]["magnitude"], norms)
 
@@ -402,6 +398,7 @@ def test_a_quantized_stack(method, axis):
 
 
 @pytest.mark.parametrize("block", [Block, nn.remat(Block, prevent_cse=False)])
+@pytest.mark.optimized
 def test_memory_holds_one_stack(block):
     """Neither forwards nor backwards is a stack of 7 layers made out of the 5."""
     x, model, stack = numbers(4, 64), Scanned(5, block=block), 5 * 2 * 64 * 64 * 4
@@ -423,7 +420,7 @@ def test_one_program_serves_equal_arrangements():
     larger = peft.get_peft_model(Scanned(5), CONFIG)
     traced = []
 
-    @compiled
+    @jax.jit
     def forward(params):
         traced.append(None)
         return larger.apply({"params": params}, X)
@@ -447,7 +444,7 @@ def test_a_jitted_layer_reads_the_stack_of_the_call():
     larger = peft.get_peft_model(Scanned(5, block=nn.jit(Block)), CONFIG)
     params = drawn(larger)
     doubled = jax.tree.map(lambda leaf: 2 * leaf, params)
-    forward = compiled(lambda params, doubled: (run(larger, params), run(larger, doubled)))
+    forward = jax.jit(lambda params, doubled: (run(larger, params), run(larger, doubled)))
     first, second = forward(params, doubled)
     assert not np.allclose(first, second)
     assert_close(second, forward(doubled, params)[0])
@@ -463,7 +460,7 @@ def test_the_whole_tree_can_be_differentiated():
         return ours, jnp.zeros((5, 16, 16)).at[jnp.array(LAYERS)].add(by_hand)
 
     big = replicate_layers(drawn(Scanned(5)), RANGES, pattern="layers")
-    assert_same(both, big, rtol=1e-4)
+    assert_same(both, big, tolerance=1e-4)
 
 
 def test_partitioning_carries_over():
@@ -524,7 +521,7 @@ def test_the_config_does_it_in_one_step(model):
     larger = peft.get_peft_model(model, CONFIG)
     assert (larger.num_layers, model.num_layers) == (7, 5)
 
-    @compiled
+    @jax.jit
     def everything(key):
         y, variables = larger.init_with_output(key, X)
         base, lora = peft.split_params(variables["params"])
@@ -551,7 +548,7 @@ def test_initialisers_and_fusing_on_a_shared_stack():
     base, lora = init_lora_weights(pretrained, specs, KEY, method="pissa")
     trained = jax.tree.map(lambda leaf: leaf + 0.1 * numbers(*leaf.shape), lora)
 
-    @compiled
+    @jax.jit
     def both(pretrained, base, lora, trained):
         start = run(larger, peft.merge_params(base, lora)), run(plain, pretrained)
         params = peft.merge_params(pretrained, trained)
@@ -560,7 +557,7 @@ def test_initialisers_and_fusing_on_a_shared_stack():
 
     *pairs, fused = both(pretrained, base, lora, trained)
     for pair in pairs:
-        assert_close(*pair, rtol=1e-3)
+        assert_close(*pair, tolerance=1e-3)
     assert fused["layers"]["q"]["kernel"].shape == (7, 16, 16)
     assert fused["layers"]["p"]["kernel"].value.shape == (5, 16, 16)  # shared as before
 
@@ -570,7 +567,7 @@ def test_training_brings_the_loss_down(relaxed_promotion):
     base, lora = peft.split_params(drawn(larger))
     optimizer, loss = optax.adam(1e-2), loss_of(larger)
 
-    @compiled
+    @jax.jit
     def train(lora, base):
         def step(state, _):
             lora, moments = state

@@ -12,24 +12,23 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import assert_close, initialise, loss_of, numbers, randomised
+from helpers import (
+    assert_close,
+    encodings_by_path,
+    initialise,
+    loss_of,
+    nested_encodings,
+    numbers,
+    randomised,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
 import peft_jax as peft
 from peft_jax import demo, quantsim
 from peft_jax.quantsim import Quantizer, QuantizerRule, SimulationConfig
-from peft_jax.quantsim._encoding import flattened, nested
 
 CONFIG = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["one", "two"], init_lora_weights=False)
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-    """Every calibration is a program of its own, and runs once or twice."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Chain(nn.Module):
@@ -71,14 +70,16 @@ def select(encodings, **kind):
     """The encodings of a kind, by path."""
     return {
         path: encoding
-        for path, encoding in flattened(encodings)
+        for path, encoding in encodings_by_path(encodings).items()
         if all(getattr(encoding, name) == value for name, value in kind.items())
     }
 
 
 def united(*trees):
     """One tree of encodings from several that share no path."""
-    return nested({path: encoding for tree in trees for path, encoding in flattened(tree)})
+    return nested_encodings(
+        {path: encoding for tree in trees for path, encoding in encodings_by_path(tree).items()}
+    )
 
 
 # --- The eleven steps ----------------------------------------------------------------------------
@@ -125,9 +126,9 @@ def test_base_is_calibrated_once_and_serves_two_adapters(tmp_path):
         lora = jax.tree.map(lambda x: x / 12, randomised(peft.get_adapter(params), seed=number))
         tuned = quantsim.use_adapter(params, lora, metadata)
         encodings = quantsim.compute_encodings(other, tuned, batches, encodings=base)
-        assert_same(select(encodings, of_adapter=False), dict(flattened(base)))
+        assert_same(select(encodings, of_adapter=False), encodings_by_path(base))
         added = select(encodings, of_adapter=True)
-        assert set(added) | set(dict(flattened(base))) == set(sites)
+        assert set(added) | set(encodings_by_path(base)) == set(sites)
         a = encodings["block_0"]["up"]["lora"]["a"]
         assert (a.bitwidth, a.symmetric, a.scale.shape) == (16, True, (1, 2))
         scaling = encodings["block_0"]["up"]["lora"]["scaling"]
@@ -173,7 +174,7 @@ def test_encodings_of_a_named_adapter_are_loaded_back(tmp_path):
     )
     sites = quantsim.find_sites(sim, x)
     loaded = quantsim.load_encodings(document, sites, adapter_name="second")
-    assert_same(dict(flattened(loaded)), select(encodings, of_adapter=True))
+    assert_same(encodings_by_path(loaded), select(encodings, of_adapter=True))
 
 
 # --- However batches are cut ---------------------------------------------------------------------
@@ -657,7 +658,7 @@ def test_training_through_the_simulation_lowers_the_loss(learns):
             jax.tree.leaves((params, encodings)), jax.tree.leaves((after, moved)), strict=True
         )
     )
-    for path, encoding in flattened(moved):
+    for path, encoding in encodings_by_path(moved).items():
         assert np.all(encoding.scale > 0), path
 
 
@@ -668,8 +669,8 @@ def test_frozen_encodings_have_no_gradient_and_others_have():
         y = sim.apply({"params": params}, x, encodings=encodings)
         return jnp.sum(jnp.square(y - target))
 
-    gradients = dict(flattened(jax.jit(jax.grad(loss))(encodings)))
-    for path, encoding in flattened(encodings):
+    gradients = encodings_by_path(jax.jit(jax.grad(loss))(encodings))
+    for path, encoding in encodings_by_path(encodings).items():
         moves = bool(np.any(np.asarray(gradients[path].scale) != 0))
         assert moves == (not encoding.is_frozen), path
         assert encoding.is_frozen == (not encoding.of_adapter)
@@ -679,8 +680,8 @@ def test_mask_of_what_learns():
     _, _, encodings, _ = task()
     mask = quantsim.learnable_mask(encodings)
     assert jax.tree.structure(mask) == jax.tree.structure(encodings)
-    for path, encoding in flattened(encodings):
-        own = dict(flattened(mask))[path]
+    for path, encoding in encodings_by_path(encodings).items():
+        own = encodings_by_path(mask)[path]
         learns = not encoding.is_frozen
         assert (own.scale, own.offset) == (learns, learns and not encoding.symmetric), path
 
@@ -701,7 +702,7 @@ def test_mask_serves_optax_masked():
     _, moved, losses = trained(sim, params, encodings, data, optimizer, steps=10)
     assert losses[-1] < losses[0]
     frozen = select(encodings, is_frozen=True)
-    assert_same({p: e for p, e in flattened(moved) if p in frozen}, frozen)
+    assert_same({p: e for p, e in encodings_by_path(moved).items() if p in frozen}, frozen)
 
 
 def test_adapters_and_encodings_are_swapped_without_a_new_trace():
@@ -742,7 +743,7 @@ def test_freezing_marks_what_it_says(parameters, activations, adapters):
     chosen = {"parameters": parameters, "activations": activations, "adapters": adapters}
     frozen = quantsim.freeze(before, **chosen)
     kept = select(frozen, is_frozen=True)
-    for path, encoding in flattened(before):
+    for path, encoding in encodings_by_path(before).items():
         of_kind = parameters if encoding.of_parameter else activations
         assert (path in kept) == (of_kind and (adapters or not encoding.of_adapter)), path
     assert_same(quantsim.unfreeze(frozen, **chosen), before)
@@ -753,9 +754,9 @@ def test_calibration_leaves_frozen_encodings_alone(parameters, activations):
     _, sim, params, x, before = calibrated_chain()
     frozen = quantsim.freeze(before, parameters=parameters, activations=activations)
     louder = jax.tree.map(lambda leaf: 1.5 * leaf, params)
-    after = dict(flattened(quantsim.compute_encodings(sim, louder, [3 * x], encodings=frozen)))
-    assert set(after) == set(dict(flattened(before)))
-    for path, encoding in flattened(frozen):
+    after = encodings_by_path(quantsim.compute_encodings(sim, louder, [3 * x], encodings=frozen))
+    assert set(after) == set(encodings_by_path(before))
+    for path, encoding in encodings_by_path(frozen).items():
         same = np.array_equal(after[path].scale, encoding.scale)
         assert same == (encoding.is_frozen or path.endswith("scaling")), path
         assert after[path].is_frozen == encoding.is_frozen

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_jax.quantsim import _grid as grid
+
+pytestmark = pytest.mark.optimized
 
 EPSILON = 2.0**-23
 BITWIDTHS = (2, 3, 4, 8, 16)
@@ -340,7 +343,7 @@ def test_vmap_is_a_loop():
     for i, row in enumerate(zip(*jax.vmap(everything)(*arrays), strict=True)):
         alone = everything(*(array[i] for array in arrays))
         for ours, theirs in zip(row, alone, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+            assert_close(ours, theirs, rounding(12))
 
 
 def test_scan_carries_gradients_through():

@@ -14,6 +14,8 @@ from peft_jax.quantsim import _grid as grid
 from peft_jax.quantsim import _ranges as ranges
 from peft_jax.quantsim import _statistics as statistics
 
+pytestmark = pytest.mark.optimized
+
 BINS, HALF = statistics.BINS, statistics.BINS // 2
 METHODS = ranges.METHODS
 fold = jax.jit(statistics.fold, static_argnums=0)

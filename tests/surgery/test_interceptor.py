@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import meta
+from helpers import key_of
 from models import Doubled
 
 import peft_jax as peft
 
-KEY = jax.random.key(0)
+KEY = key_of(0)
 X = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
 
 
@@ -172,7 +173,7 @@ class Everything(nn.Module):
         return nn.Dense(3)(x) + self.param("offset", nn.initializers.normal(), (1, 3))
 
 
-RNGS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "noise"))}
+RNGS = {name: key_of(i) for i, name in enumerate(("params", "dropout", "noise"))}
 MUTABLE = ("batch_stats", "losses", "intermediates", "perturbations")
 
 
@@ -194,7 +195,7 @@ def test_adapter_dropout_acts_in_the_adapter_alone():
     variables = adapted(model, X, interceptor=interceptor)
     with interceptor:
         off = model.apply(variables, X)
-        one, two = (model.apply(variables, X, rngs={"dropout": jax.random.key(i)}) for i in (1, 2))
+        one, two = (model.apply(variables, X, rngs={"dropout": key_of(i)}) for i in (1, 2))
     with LORA:
         assert_same(off, model.apply(variables, X))
     assert not np.allclose(one, two)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import Adapt, AdaptWeights, compiled, key_of, numbers
+from helpers import Adapt, AdaptWeights, key_of, numbers
 
 import peft_jax as peft
 from peft_jax import LayerSpec
 
-KEY = jax.random.key(0)
+KEY = key_of(0)
 X = np.ones((2, 4), np.float32)
 DENSE = LayerSpec("...i,io->...o", "dense")
 
@@ -180,7 +180,7 @@ def test_weights_along_contracted_axes_meet_in_the_same_outputs(name):
     ((path, spec),) = peft.layer_specs(model, *inputs).items()
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params_of(model, *inputs))
 
-    @compiled
+    @jax.jit
     @jax.jacobian
     def slopes(weight):
         filled = flax.traverse_util.unflatten_dict({**flat(params), path: weight}, sep="/")
@@ -529,7 +529,7 @@ def test_nothing_stays_recorded():
 
 def test_a_compiled_init_is_not_mistaken_for_the_recording():
     model = Lifted(LIFTS["jit"][0])
-    init = compiled(lambda: model.init(key_of(0), X)["params"])
+    init = jax.jit(lambda: model.init(key_of(0), X)["params"])
     for _ in range(2):
         assert set(peft.layer_specs(model, X)) == {"lifted/einsum/kernel", "lifted/dense/kernel"}
         assert init()["lifted"]["dense"]["kernel"].shape == (3, 5)

@@ -15,8 +15,8 @@ from helpers import (
     WRAPPERS,
     Adapt,
     assert_close,
+    assert_rounded,
     check_adapts,
-    compiled,
     initialise,
     intercepting,
     key_of,
@@ -153,7 +153,7 @@ class Lifted(nn.Module):
 
 
 BY_HAND = ("scan -1", "vmap 0", "remat", "jit", "scan of vmap")
-QUICK = ("scan 0", "vmap 0", "remat", "function")  # of which `make test` checks the interceptor
+QUICK = ("scan 0", "remat")  # of which `make test` checks the interceptor
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_stack_of_blocks_with_a_carry():
         split_rngs={"params": True, "dropout": True},
         length=3,
     )
-    rngs = {"dropout": jax.random.key(1)}
+    rngs = {"dropout": key_of(1)}
     found = check_adapts(stack(), Adapt(alpha=4), numbers(2, 4), None, rngs=rngs)
     assert {spec.stack_axes for spec in found.specs.values()} == {(1,)}
     kernel, lora = found.params["up"]["kernel"], found.random["up"]["lora"]
@@ -330,7 +330,7 @@ def test_a_stack_of_blocks_with_a_carry():
         np.moveaxis(np.asarray(array, np.float64), 1, 0)
         for array in (lora["a"], lora["b"], kernel, found.fused["up"]["kernel"])
     )
-    np.testing.assert_allclose(fused, w + 2.0 * np.einsum("sir,sro->sio", a, b), atol=1e-6)
+    assert_rounded(fused, w + 2.0 * np.einsum("sir,sro->sio", a, b), RANK)
 
 
 def test_each_layer_of_a_stack_draws_its_own_adapter():
@@ -383,14 +383,14 @@ def test_jaxs_transforms():
             outputs = model.apply({"params": peft.merge_params(base, lora)}, x)
         return sum(jnp.sum(jnp.square(output)) for output in jax.tree.leaves(outputs))
 
-    base, lora = peft.split_params(compiled(lambda: initialise(model, X, rule=rule)["params"])())
+    base, lora = peft.split_params(jax.jit(lambda: initialise(model, X, rule=rule)["params"])())
     one, two = randomised(lora), randomised(lora, seed=3)
 
-    @compiled
+    @jax.jit
     def plainly(x):
         return [jax.value_and_grad(apply)(lora, x) for lora in (one, two)]
 
-    @compiled
+    @jax.jit
     def mapped(x):
         both = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
         return jax.vmap(jax.value_and_grad(jax.checkpoint(apply)), (0, None))(both, x)
@@ -403,7 +403,7 @@ def test_jaxs_transforms():
             jax.tree.leaves(expected[0][1]), jax.tree.leaves(two), strict=True
         )
     )
-    value, slope = compiled(lambda x: jax.jvp(lambda lora: apply(lora, x), (one,), (two,)))(X)
+    value, slope = jax.jit(lambda x: jax.jvp(lambda lora: apply(lora, x), (one,), (two,)))(X)
     assert_close((value, slope), (expected[0][0], slopes))
 
 
@@ -414,7 +414,7 @@ def test_vmap_over_inputs_and_keys():
     params["lora"] = randomised(params["lora"])
     mapped = jax.vmap(lambda x: layer.apply({"params": params}, x))(x)
     assert_close(mapped, layer.apply({"params": params}, x))
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(key_of(0), 3)
     many = jax.vmap(lambda key: layer.init(key, x[0]))(keys)["params"]
     assert shapes(many["lora"]) == {"a": (3, 4, 2), "b": (3, 2, 5)}
 
@@ -422,7 +422,7 @@ def test_vmap_over_inputs_and_keys():
 def test_eager_and_compiled_outputs_agree():
     x = numbers(2, 4)
     with peft.ModuleInterceptor(Adapt()):
-        params = nn.Dense(5).init(jax.random.key(0), x)["params"]
+        params = nn.Dense(5).init(key_of(0), x)["params"]
         params["lora"] = randomised(params["lora"])
         eager = nn.Dense(5).apply({"params": params}, x)
         jitted = jax.jit(nn.Dense(5).apply)({"params": params}, x)

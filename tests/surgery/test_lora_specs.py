@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers import key_of
 
 import peft_jax as peft
 from peft_jax import LoraSpec
 
-KEY = jax.random.key(0)
+KEY = key_of(0)
 X = np.ones((2, 4), np.float32)
 
 
@@ -390,7 +391,7 @@ def test_the_models_own_random_streams():
 
     rngs = {"params": KEY, "noise": KEY, "dropout": KEY}
     assert peft.lora_specs(Noisy(), X, rngs=rngs) == {"Dense_0/lora": DENSE}
-    assert peft.lora_specs(Noisy(), X, rngs=jax.random.key(1)) == {"Dense_0/lora": DENSE}
+    assert peft.lora_specs(Noisy(), X, rngs=key_of(1)) == {"Dense_0/lora": DENSE}
     old_key = jax.random.PRNGKey(0)
     assert peft.lora_specs(Noisy(), X, rngs=old_key) == {"Dense_0/lora": DENSE}
 

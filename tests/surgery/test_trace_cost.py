@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers import key_of
 
 import peft_jax as peft
 
@@ -57,7 +58,7 @@ def calls_of(function):
 def traces(model):
     """Traces the forward pass; a new function each time, so that jax's caches never answer."""
     tokens = jnp.zeros((1, 4), jnp.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    params = jax.eval_shape(model.init, key_of(0), tokens)
     return lambda: jax.make_jaxpr(lambda *args: model.apply(*args))(params, tokens)
 
 
@@ -83,7 +84,7 @@ def test_the_cost_of_tracing_grows_with_the_number_of_layers_alone():
 
 def test_no_python_runs_once_a_step_is_compiled():
     model, tokens = peft.get_peft_model(Transformer(1), CONFIG), jnp.zeros((1, 4), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    shapes = jax.eval_shape(model.init, key_of(0), tokens)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     step = jax.jit(model.apply)
     step(params, tokens)

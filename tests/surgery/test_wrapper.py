@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers import key_of
 from models import Doubled
 
 import peft_jax as peft
 
-KEY = jax.random.key(0)
+KEY = key_of(0)
 X = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
 
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax.core import FrozenDict, freeze, meta
-from helpers import assert_close, compiled, numbers, partly_slow
+from helpers import assert_close, key_of, numbers, partly_slow
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
@@ -38,7 +38,7 @@ def adapter():
     return {"a": numbers(I, 2), "b": numbers(2, O)}
 
 
-@compiled
+@jax.jit
 def codes(stored, scale):
     """The numbers that the stored bits stand for, before scaling."""
     return peft.dequantize(stored, jnp.ones_like(scale))
@@ -56,7 +56,7 @@ def assert_stored_alike(actual, expected):
 def references():
     """By method and seed, what the functions on arrays make of the kernels of `dense`."""
 
-    @compiled
+    @jax.jit
     def run(kernels):
         return {
             (method.value, seed): (
@@ -224,7 +224,7 @@ def test_dtypes_on_the_way_back():
 def test_bfloat16_weights():
     """Computed in float32, as the same numbers in float32 are; simulation rounds to bfloat16."""
 
-    @compiled
+    @jax.jit
     def run(kernel):
         return {
             method.value: (
@@ -312,10 +312,10 @@ def test_stacked_layers_are_stored_as_each_layer_is(name):
     axes, take, indices = STACKS[name]
     specs = peft.layer_specs(stack(axes), X, None)
     params = {"layer": {"kernel": stacked_kernels(axes)}}
-    shapes = jax.eval_shape(stack(axes).init, jax.random.key(0), X, None)["params"]
+    shapes = jax.eval_shape(stack(axes).init, key_of(0), X, None)["params"]
     chex.assert_trees_all_equal_shapes(params, shapes)
 
-    @compiled
+    @jax.jit
     def run(params):
         small = {m: peft.quantize_checkpoint(params, method=m, specs=specs) for m in METHODS}
         return small, {m: peft.dequantize_checkpoint(small[m])["layer"] for m in METHODS}
@@ -334,7 +334,7 @@ def test_stacked_layers_are_stored_as_each_layer_is(name):
                 np.testing.assert_array_equal(kernel[n], simulated(method, seed))
 
 
-@compiled
+@jax.jit
 def of_one_layer(small):
     """Codes, scale and kernel, by method."""
     return {
@@ -366,13 +366,13 @@ def test_odd_lengths(shape, axes):
     tree = {"kernel": kernel}
     inputs = {(0,): 1, (-1,): 0}[axes]
 
-    @compiled
+    @jax.jit
     def run(tree):
         small = peft.quantize_checkpoint(tree, method="int4", specs={"kernel": spec})
         assert small["kernel"].shape == kernel.shape
         return peft.dequantize_checkpoint(small)["kernel"]
 
-    expected = compiled(lambda x: peft.simulate_quantize(x, "int4", inputs))(kernel)
+    expected = jax.jit(lambda x: peft.simulate_quantize(x, "int4", inputs))(kernel)
     np.testing.assert_array_equal(run(tree), expected)
 
 
@@ -386,7 +386,7 @@ def test_what_init_stores_along_another_axis_is_refused_later():
     """Inside of the scan the layer names its packed axis as if it stood alone."""
     step = nn.scan(DenseStep, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)()
     with peft.ModuleInterceptor(store):
-        own = jax.eval_shape(lambda: step.init(jax.random.key(0), X, None)["params"])
+        own = jax.eval_shape(lambda: step.init(key_of(0), X, None)["params"])
     with pytest.raises(ValueError, match="stacked along an axis that the name does not allow for"):
         jax.eval_shape(peft.dequantize_checkpoint, own)
 
@@ -464,7 +464,7 @@ def test_kernels_of_more_axes_without_specs(method):
     tree = {"x": {"kernel": numbers(2, I, O)}, "y": dense()}
     if method in ("q4_0", "q4_0_transpose"):
 
-        @compiled
+        @jax.jit
         def run(tree):
             small = peft.quantize_checkpoint(tree, method=method)
             pair = peft.quantize(tree["x"]["kernel"], method)
@@ -700,7 +700,7 @@ def test_abstract_trees(method):
 
 
 def test_under_jit():
-    @compiled
+    @jax.jit
     def both(tree):
         small = {m: peft.quantize_checkpoint(tree, method=m, donate=True) for m in METHODS}
         return small, {m: peft.dequantize_checkpoint(small[m]) for m in METHODS}
@@ -834,7 +834,7 @@ def test_orbax_without_a_target(tmp_path):
     back = peft.dequantize_checkpoint(read)
     chex.assert_trees_all_equal(back, peft.dequantize_checkpoint(small))
 
-    @compiled
+    @jax.jit
     def run(read, small, back):
         with peft.ModuleInterceptor(store):
             found = [Net().apply({"params": params}, X) for params in (read, small)]
@@ -1009,6 +1009,7 @@ def test_one_leaf_at_a_time(method, growth):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.optimized
 def test_a_leaf_needs_at_most_itself_in_float32(method):
     n = 2048
     x = jax.ShapeDtypeStruct((n, n), jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import freeze, meta
-from helpers import partly_slow
+from helpers import assert_close, key_of, partly_slow, rounding
 
 import peft_jax as peft
 from peft_jax import LoraSpec
@@ -93,7 +93,11 @@ def test_the_base_comes_back(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [*((name, None) for name in KINDS), ("heads in", 3), ("stacked twice", 3)]
+    ("name", "rank"),
+    partly_slow(
+        [*((name, None) for name in KINDS), ("heads in", 3), ("stacked twice", 3)],
+        lambda pair: pair[1] == 3 or list(KINDS).index(pair[0]) % 2 == 0,
+    ),
 )
 def test_adapters_are_recovered(name, rank):
     kind = KINDS[name]
@@ -185,7 +189,7 @@ def test_unfusing_under_jit():
     original, lora = peft.split_params(params)
     fused = peft.fuse_params(params)
     exact = jax.jit(lambda f, o, a: peft.unfuse_params(f, original=o, lora=a, specs=specs))
-    chex.assert_trees_all_close(exact(fused, original, lora), params, atol=1e-6)
+    assert_close(exact(fused, original, lora), params, rounding(2))
     recover = jax.jit(lambda f, o: peft.unfuse_params(f, original=o, specs=specs, rank=2))
     chex.assert_trees_all_close(peft.fuse_params(recover(fused, original)), fused, atol=1e-5)
     with pytest.raises(ValueError, match="pass specs and rank"):
@@ -282,7 +286,7 @@ def test_the_round_trip_of_a_model():
             return peft.LoRADense(rank=3, wrapped=nn.Dense(4), alpha=1)(x)
 
     tokens = np.zeros((1, 4), np.int32)
-    shapes = jax.eval_shape(lambda: Model().init(jax.random.key(0), tokens))["params"]
+    shapes = jax.eval_shape(lambda: Model().init(key_of(0), tokens))["params"]
     params = jax.tree.map(lambda leaf: array(*leaf.shape, seed=leaf.size), shapes)
     specs = peft.lora_specs(Model(), tokens)
     assert len(specs) == 3

@@ -91,11 +91,6 @@ class Peer:
         return self.output(module.apply({"params": params}, *self.inputs))
 
 
-def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled in a third of the time."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def shapes_of(module: nn.Module, inputs: tuple[Any, ...]) -> Flat:
     made = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(made, sep="/").items()}
@@ -216,9 +211,7 @@ class Pair:
     def logits(self) -> tuple[Any, Any]:
         """Ours and theirs."""
         theirs = _array(self.peer.their_logits(self.theirs))
-        return quick_jit(lambda params: self.peer.our_logits(self.ours, params))(
-            self.params
-        ), theirs
+        return jax.jit(lambda params: self.peer.our_logits(self.ours, params))(self.params), theirs
 
 
 def their_model(peer: Peer, **options: Any) -> Any:

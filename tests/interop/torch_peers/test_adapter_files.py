@@ -28,7 +28,6 @@ from peers import (  # noqa: E402 (it needs the three above)
     assert_close,
     gpt2_peer,
     net_peer,
-    quick_jit,
     randomize,
     their_model,
 )
@@ -109,7 +108,7 @@ def with_adapter(pair: Pair, lora: Any) -> Any:
 
 
 def assert_same_logits(pair: Pair, model: Any, params: Any) -> None:
-    ours = quick_jit(lambda params: pair.peer.our_logits(model, params))(params)
+    ours = jax.jit(lambda params: pair.peer.our_logits(model, params))(params)
     theirs = pair.peer.their_logits(pair.theirs).detach().numpy()
     assert_close(ours, theirs)
 
@@ -149,7 +148,7 @@ def test_what_peft_trained_is_loaded(name: str, tmp_path: Path) -> None:
     base = unflatten_dict(peer.base, sep="/")
     lora, config = load_adapter(tmp_path, base=base)
     model, params = peft.get_peft_model(peer.ours, config), peft.add_adapter(base, lora)
-    ours = quick_jit(lambda params: peer.our_logits(model, params))(params)
+    ours = jax.jit(lambda params: peer.our_logits(model, params))(params)
     assert_close(ours, after.numpy())
 
 

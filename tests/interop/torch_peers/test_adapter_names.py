@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -24,7 +25,6 @@ from peers import (  # noqa: E402 (it needs the three above)
     assert_all_close,
     assert_close,
     carried,
-    quick_jit,
     randomize,
 )
 
@@ -80,7 +80,7 @@ class Three:
         return peft.lora_specs(self.ours, *self.peer.inputs)
 
     def our_logits(self, model: Any, params: Any) -> Any:
-        return quick_jit(lambda params: self.peer.our_logits(model, params))(params)
+        return jax.jit(lambda params: self.peer.our_logits(model, params))(params)
 
     def their_logits(self) -> Any:
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_mixed_batches(given: Three) -> None:
     bank = peft.stack_adapters(given.loras, specs=own)
     model = peft.MultiAdapterModel(wrapped=given.peer.ours)
     chosen = bank.select([None if row == "__base__" else row for row in ROWS])
-    run = quick_jit(lambda p, s: model.apply({"params": p}, *inputs, adapters=s).logits)
+    run = jax.jit(lambda p, s: model.apply({"params": p}, *inputs, adapters=s).logits)
     logits = run(bank.merge(given.base), chosen)
     assert_close(logits, expected)
     plain = run(bank.merge(given.base), bank.select([None] * len(ROWS)))

@@ -4,7 +4,6 @@ Adapters of one tiny model are combined by both. What is compared is the change 
 scaling and all: factors of one product are many. Torch keeps outputs first.
 """
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -31,7 +30,6 @@ EQUAL_TYPES = ["cat", "linear", "ties", "magnitude_prune", "svd", "ties_svd", "m
 Changes = dict[str, np.ndarray]
 
 # Compiled in a third of the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Net(torch.nn.Module):
@@ -112,7 +110,7 @@ class Adapters:
             )
             return {layer: changed(tree, specs, layer) for layer, tree in lora.items()}
 
-        return jax.tree.map(np.asarray, quick_jit(run)(self.trees))
+        return jax.tree.map(np.asarray, jax.jit(run)(self.trees))
 
     def exact(self, weights: list[float]) -> Changes:
         """``sum_i w_i s_i a_i·b_i`` in float64."""
@@ -258,7 +256,7 @@ def test_many_draws_of_dare_have_the_mean_of_what_is_kept_whole() -> None:
         )
         return lora["third"]["lora"]["a"] @ lora["third"]["lora"]["b"]
 
-    found = np.mean(quick_jit(jax.vmap(ours))(jax.random.split(jax.random.key(0), 3000)), axis=0)
+    found = np.mean(jax.jit(jax.vmap(ours))(jax.random.split(jax.random.key(0), 3000)), axis=0)
     theirs = np.mean(
         [adapters.theirs([1.0, 2.0], "dare_linear_svd", **options)["third"] for _ in range(200)],
         axis=0,

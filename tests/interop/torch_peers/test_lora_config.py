@@ -44,7 +44,6 @@ from peers import (  # noqa: E402 (it needs the three above)
     llama_peer,
     net_peer,
     our_model,
-    quick_jit,
     shapes_of,
     their_model,
 )
@@ -183,7 +182,7 @@ def test_gradients_are_the_same(name: str, variant: str) -> None:
         return jnp.sin(peer.our_logits(pair.ours, peft.merge_params(base, lora))).sum()
 
     expected = carried(peer, theirs, lambda value: value.grad)
-    assert_all_close(flatten_dict(quick_jit(jax.grad(loss))(lora), sep="/"), expected)
+    assert_all_close(flatten_dict(jax.jit(jax.grad(loss))(lora), sep="/"), expected)
 
 
 # --- The same modules ----------------------------------------------------------------------------
@@ -669,7 +668,7 @@ def test_convolutions_with_groups_and_dora() -> None:
     ours = peft.get_peft_model(nn.Sequential([conv]), config)
     params = {"layers_0": {**base, "lora": adapter}}
     image = np.moveaxis(x, 1, -1)
-    apply = quick_jit(lambda params: ours.apply({"params": params}, image))
+    apply = jax.jit(lambda params: ours.apply({"params": params}, image))
     assert_close(apply(params), np.moveaxis(expected, 1, -1))
 
     fused = peft.fuse_params(params, specs=peft.lora_specs(ours, image))["layers_0"]
@@ -803,7 +802,7 @@ RANK = 32
 
 def first_params(model: nn.Module, peer: Peer) -> Flat:
     key = jax.random.key(0, impl="unsafe_rbg")  # its draws compile fast
-    return flatten_dict(quick_jit(model.init)(key, *peer.inputs)["params"], sep="/")
+    return flatten_dict(jax.jit(model.init)(key, *peer.inputs)["params"], sep="/")
 
 
 @pytest.mark.parametrize("method", [True, False, "gaussian"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import WRAPPERS, compiled, intercepting, numbers, rounding, scattered
+from helpers import WRAPPERS, intercepting, key_of, numbers, partly_slow, rounding, scattered
 
 import peft_jax as peft
 from peft_jax._numerics import (
@@ -68,13 +68,13 @@ def off(found, expected):
     return np.max(np.abs(found - expected), initial=0) / largest
 
 
-def check_product(equation, x, values, scale, rounded=0.0, compiled=compiled):
+def check_product(equation, x, values, scale, rounded=0.0):
     """The product and its derivative by the input, up to the rounding of their sums in float32.
 
     ``rounded`` is the step to which dtypes of 16 bits round what was summed in float32.
     """
 
-    @compiled
+    @jax.jit
     def run(x, values, scale):
         y, vjp = jax.vjp(lambda x: quantized_einsum(equation, x, values, scale), x)
         dy = jnp.asarray(scattered(y.size, 0.5).reshape(y.shape)).astype(y.dtype)
@@ -150,13 +150,16 @@ def test_products_and_their_derivatives(equation, method, rows):
     check_product(equation, drawn([lengths[c] for c in free]), values, scale)
 
 
-# At XLA's own level of optimization, at which users compile.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("method", "rows"),
-    [(method, rows) for i, method in enumerate(METHODS) for rows in (1, (16, 65, 200)[i % 3])],
+    partly_slow(
+        [(method, rows) for i, method in enumerate(METHODS) for rows in (1, (16, 65, 200)[i % 3])],
+        lambda pair: (tuple(METHODS).index(pair[0]) % 2 == 0) == (pair[1] == 1),
+    ),
 )
 def test_rows_of_input(method, rows):
-    check_product("ti,io->to", drawn((rows, 1088)), *stored((1088, 1056), method), compiled=jax.jit)
+    check_product("ti,io->to", drawn((rows, 1088)), *stored((1088, 1056), method))
 
 
 @pytest.mark.slow
@@ -209,12 +212,18 @@ def test_a_scale_for_every_value(rows):
     check_product("ti,io->to", drawn((rows, 96)), values, jnp.tile(scale, (96, 1)))
 
 
-@pytest.mark.parametrize("shape", [(4096, 64), (128, 4096)], ids=str)
-@every_method
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    partly_slow(
+        [(method, shape) for method in METHODS for shape in ((4096, 64), (128, 4096))],
+        lambda pair: (tuple(METHODS).index(pair[0]) % 2 == 0) == (pair[1] == (4096, 64)),
+    ),
+)
 def test_sums_of_4096_products(method, shape):
     """jaxlib 0.10.2 sums unpacked int8 wrongly on CPU where the sum is compiled with it."""
     rows = 1 if shape[0] == 4096 else 3
-    check_product("ti,io->to", drawn((rows, shape[0])), *stored(shape, method), compiled=jax.jit)
+    check_product("ti,io->to", drawn((rows, shape[0])), *stored(shape, method))
 
 
 @pytest.mark.parametrize("rows", [1, 16])
@@ -427,14 +436,14 @@ def temporaries(kind, layers, method, rows=8):
     model, x = Chain(kind, layers), jax.ShapeDtypeStruct((rows, 512), jnp.float32)
     rule = QLoRA(method)
     with intercepting(rule):
-        params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)["params"]
+        params = jax.eval_shape(lambda x: model.init(key_of(0), x), x)["params"]
     base, lora = peft.split_params(params)
 
     def loss(lora, base, x):
         with intercepting(rule):
             return jnp.mean(model.apply({"params": peft.merge_params(base, lora)}, x) ** 2)
 
-    step = compiled(jax.value_and_grad(loss)).lower(lora, base, x).compile()
+    step = jax.jit(jax.value_and_grad(loss)).lower(lora, base, x).compile()
     return step.memory_analysis().temp_size_in_bytes
 
 
@@ -450,7 +459,7 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "method"), KEPT)
+@pytest.mark.parametrize(("kind", "method"), partly_slow(KEPT, KEPT[::3]))
 def test_no_layer_keeps_its_dequantized_weight(kind, method):
     """Temporaries of a QLoRA step grow with the activations of further layers alone."""
     few, many = (temporaries(kind, layers, method) for layers in (2, 6))
@@ -460,6 +469,7 @@ def test_no_layer_keeps_its_dequantized_weight(kind, method):
 @pytest.mark.parametrize(
     ("method", "rows"), [(method, (1, 16, 256)[i % 3]) for i, method in enumerate(METHODS)]
 )
+@pytest.mark.optimized
 def test_no_product_holds_the_dequantized_weight(method, rows):
     """On CPU, neither forward nor backward needs as much as the weight in floats."""
     program = jax.jit(with_gradient).lower(*large(method, rows, width=2048)).compile()

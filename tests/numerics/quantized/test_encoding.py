@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import partly_slow
+from helpers import assert_rounded, partly_slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -13,6 +13,8 @@ from hypothesis.extra import numpy as hnp
 import peft_jax as peft
 from peft_jax._numerics import METHODS as TABLE
 from peft_jax._numerics import Layout, halves
+
+pytestmark = pytest.mark.optimized
 
 BLOCKS = {"q4_0": (-1, 32), "q4_0_transpose": (-2, 32), "nf4": (-2, 64)}
 CHANNELS = ("int4", "int8", "sfp8")
@@ -180,8 +182,7 @@ def assert_same_bits(actual, expected):
 def assert_sums(found, x, weight):
     """Products of float32, summed in any order."""
     x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
-    largest = np.abs(x) @ np.abs(weight)
-    np.testing.assert_allclose(found, x @ weight, atol=1e-6 * largest.max())
+    assert_rounded(found, x @ weight, x.shape[-1])
 
 
 quantize_compiled = jax.jit(peft.quantize, static_argnames=("method", "axes"))
@@ -726,8 +727,13 @@ def test_simulation_takes_axes():
     assert_same_bits(simulate_compiled(x, method="int8", axes=axes), expected)
 
 
-@every_dtype
-@every_method
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    partly_slow(
+        [(method, dtype) for method in METHODS for dtype in DTYPES],
+        lambda pair: (METHODS.index(pair[0]) - DTYPES.index(pair[1])) % 3 == 0,
+    ),
+)
 def test_the_derivative_is_the_identity(method, dtype):
     x, tangent = messy(dtype), messy(dtype, seed=1)
     expected = peft.simulate_quantize(x, method)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import peft_jax as peft
 from peft_jax._numerics import Layout, as_stored, halves, pack, unpack, weight_shape
 
+pytestmark = pytest.mark.optimized
+
 FOUR_BITS = ("int4", "q4_0", "q4_0_transpose", "nf4")
 METHODS = (*FOUR_BITS, "int8", "sfp8")
 every_method = pytest.mark.parametrize("method", METHODS)
