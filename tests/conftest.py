@@ -34,6 +34,11 @@ def pytest_report_header() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # At the end, one worker would be left alone with them.
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     quickly = COMPILES_QUICKLY and item.get_closest_marker("optimized") is None

@@ -20,6 +20,8 @@ def brief(monkeypatch):
     monkeypatch.setattr("peft_jax.demo._adaptation.PRETRAINING_STEPS", 3)
 
 
+@pytest.mark.minutes
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.usefixtures("brief", "relaxed_promotion")
 def test_demo_prints_tables_and_writes_its_files(tmp_path, capsys):

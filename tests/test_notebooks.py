@@ -12,11 +12,14 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_start_to_end(path):
+def test_notebook_runs_from_start_to_end(path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
+
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # they train
 
     notebook = nbformat.read(path, as_version=4)
     # In a virtual environment, "python3" is that environment's own interpreter.

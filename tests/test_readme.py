@@ -8,6 +8,7 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 @pytest.mark.usefixtures("relaxed_promotion")
 def test_readme_runs(tmp_path, monkeypatch):

@@ -16,20 +16,16 @@ def check_all(cells):
     assert not failed, "\n".join([f"{len(failed)} of {len(cells)} cells fail:", *failed])
 
 
+# Whose pairs `make test` checks; `make test-slow` checks every cell of all kinds.
 QUICK = ("`target_parameters` of any module",)
 
 
-def some_quick(kinds):
-    """The kinds, of which `make test` checks a few."""
-    slow = [pytest.mark.slow]
-    return [pytest.param(kind, marks=[] if kind in QUICK else slow) for kind in kinds]
-
-
-@pytest.mark.parametrize("kind", some_quick(matrix.KINDS))
+@pytest.mark.parametrize("kind", QUICK)
 def test_all_pairs(kind):
     check_all([cell for cell in matrix.pairwise() if cell.kind == kind])
 
 
+@pytest.mark.minutes
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", matrix.KINDS)
 def test_all_cells(kind):

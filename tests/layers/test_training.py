@@ -16,7 +16,6 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from helpers import key_of
 
 import peft_jax as peft
 from peft_jax import demo
@@ -100,6 +99,11 @@ INITIALISERS = {
 QUICK = ("lora", "dora", "pissa")
 
 
+def key_of(seed):
+    """The bounds are those of these draws."""
+    return jax.random.key(seed, impl="rbg")
+
+
 def each(cases):
     """The cases, of which `make test` runs the quick ones."""
     return [
@@ -141,8 +145,8 @@ def train(params, digits, model, config=None, rules=(), steps=STEPS):
         updates, state = optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    # Not `key_of`: at this level of compilation its numbers take most of a step with dropout.
-    keys = jax.random.split(key_of(1), steps)
+    # Not of `key_of`: as programs are compiled here, its numbers take most of a step with dropout.
+    keys = jax.random.split(jax.random.key(1), steps)
     carry = params, optimizer.init(params)
     (trained, _), _ = jax.lax.scan(step, carry, keys)
     return trained, loss_of(params), loss_of(trained)
