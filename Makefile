@@ -19,6 +19,8 @@ ARGS ?=
 SCRIPT ?= lora_step
 
 export PYTHON
+# Without compiled modules, each process of the tests would compile all of JAX's anew: four seconds.
+unexport PYTHONDONTWRITEBYTECODE
 ENVIRONMENTS := .venv .venv-oldest .venv-interop .venv-interop-jax
 # Each worker takes half of the files, so that fixtures and programs are made once, and what the other
 # has left when its own are done.
