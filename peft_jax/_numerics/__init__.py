@@ -4,6 +4,7 @@ from peft_jax._numerics.dora import *
 from peft_jax._numerics.einsum import *
 from peft_jax._numerics.jax_internals import *
 from peft_jax._numerics.layout import *
+from peft_jax._numerics.lazy import *
 from peft_jax._numerics.low_rank import *
 from peft_jax._numerics.quantized.dot import *
 from peft_jax._numerics.quantized.encoding import *

@@ -2,6 +2,7 @@
 
 import functools
 import string
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,12 @@ def sizes(equation: str, *shapes: tuple[int, ...]) -> dict[str, int]:
             if known != length and 1 not in (known, length):
                 raise ValueError(f"{equation}: {letter} is {size[letter]} and {length} in {shapes}")
     return size
+
+
+def common_dtype(*values: Any) -> jnp.dtype:
+    """The dtype to which JAX promotes values, also where implicit promotion is forbidden."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
 
 
 def widest(*dtypes: jnp.dtype) -> jnp.dtype:

@@ -11,7 +11,15 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
-from jax.extend.core import JaxprEqn, Literal, Primitive, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import (
+    JaxprEqn,
+    Literal,
+    Primitive,
+    jaxpr_as_fun,
+    jaxprs_in_params,
+    set_current_trace,
+    take_current_trace,
+)
 from jax.extend.core.primitives import (
     call_p,
     closed_call_p,
@@ -31,25 +39,33 @@ __all__ = [
     "Primitive",
     "Program",
     "ShapedArray",
+    "Trace",
+    "Tracer",
     "branches_of",
     "called",
     "cond_p",
     "consts_of",
+    "current_trace",
     "define_bilinear",
     "define_derivative",
+    "is_literal",
     "is_recomputed",
     "is_traced",
     "is_unknown",
     "is_zero",
     "jit_context",
+    "jit_p",
     "new_primitive",
     "programs_in",
     "read",
+    "remat_p",
+    "run_checkpointed",
     "run_equation",
     "run_program",
     "scan_body",
     "scan_p",
     "scan_split",
+    "set_current_trace",
     "set_jit_context",
     "takes_a_slice",
     "while_p",
@@ -59,6 +75,8 @@ __all__ = [
 
 Array = jax.Array
 ShapedArray = jax.core.ShapedArray
+Trace = jax.core.Trace
+Tracer = jax.core.Tracer
 
 # --- Tracing -------------------------------------------------------------------------------------
 
@@ -66,6 +84,12 @@ ShapedArray = jax.core.ShapedArray
 def is_traced(x: Any) -> bool:
     """Whether a value is one of a program that is being traced: its numbers are not known."""
     return isinstance(x, jax.core.Tracer)
+
+
+def current_trace() -> Trace:
+    """The trace that operations are bound in: that of the innermost transformation."""
+    with take_current_trace() as trace:
+        return trace
 
 
 def jit_context(default: Hashable) -> Any:
@@ -196,15 +220,26 @@ def consts_of(program: Program) -> Sequence[Any]:
     return getattr(program, "consts", ())
 
 
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a number in the text of the program."""
+    return isinstance(atom, Literal)
+
+
 def read(atom: Any, known: Mapping[Any, Any]) -> Any:
     """The value of an operand: a literal has it in itself, a variable among the known ones."""
-    return atom.val if isinstance(atom, Literal) else known[atom]
+    return atom.val if is_literal(atom) else known[atom]
 
 
 def run_program(program: Program, args: Sequence[Any]) -> list[Any]:
     """The results of a closed program."""
     closed: Any = program
     return jaxpr_as_fun(closed)(*args)
+
+
+def run_checkpointed(program: Program, args: Sequence[Any]) -> list[Any]:
+    """The results of the program of a ``remat`` operation, an open one until jax 0.12."""
+    jaxpr: Any = program
+    return jax.core.eval_jaxpr(jaxpr, consts_of(program), *args)
 
 
 def run_equation(equation: Equation, operands: Sequence[Any]) -> list[Any]:
@@ -244,19 +279,18 @@ def is_recomputed(equation: Equation) -> bool:
     return equation.primitive is remat_p and equation.params["differentiated"]
 
 
-def scan_split(equation: Equation) -> tuple[int, int]:
+def scan_split(params: Mapping[str, Any]) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried; the rest is scanned."""
-    params = equation.params
     if "ft_in" in params:  # from jax 0.11 on: a flat tree of (constants, carry, scanned)
         consts, carry, _ = params["ft_in"].unpack()
         return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]
 
 
-def scan_body(equation: Equation) -> tuple[Program, dict[str, Any]]:
+def scan_body(params: Mapping[str, Any]) -> tuple[Program, dict[str, Any]]:
     """The body of a scan, and what else `jax.lax.scan` takes: length, reverse, unroll."""
-    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
-    return equation.params["jaxpr"], options
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    return params["jaxpr"], options
 
 
 def while_split(equation: Equation) -> tuple[int, int]:

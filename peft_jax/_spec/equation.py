@@ -19,6 +19,7 @@ __all__ = [
     "experts_equation",
     "normalize_axes",
     "parse_equation",
+    "roles_equation",
     "stacked",
     "unused_letter",
     "weight_equation",
@@ -278,6 +279,16 @@ def weight_equation(ndim: int) -> str:
     """A parameter of which nothing is known: the last axis is the output, the others are inputs."""
     letters = string.ascii_letters.replace("r", "")[:ndim]
     return f"...{letters[:-1]},{letters}->...{letters[-1]}"
+
+
+def roles_equation(roles: Sequence[str]) -> str:
+    """The equation of a product that contracts, produces or pairs (``batch``) each axis."""
+    letters = string.ascii_letters.replace("r", "")[: len(roles)]
+    batch, contracted, produced = (
+        "".join(c for c, own in zip(letters, roles, strict=True) if own == role)
+        for role in ("batch", "contracted", "produced")
+    )
+    return f"{batch}...{contracted},{letters}->{batch}...{produced}"
 
 
 def experts_equation(ndim: int) -> str:

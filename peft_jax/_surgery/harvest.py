@@ -221,9 +221,9 @@ def _inline(equation: Equation, operands: Sequence[Any], state: State, fold: Fol
 
 
 def _scan(equation: Equation, operands: Sequence[Any], state: State, fold: Fold) -> Ran:
-    first, carried = scan_split(equation)
+    first, carried = scan_split(equation.params)
     end = first + carried
-    program, options = scan_body(equation)
+    program, options = scan_body(equation.params)
 
     def body(carry: tuple[Any, State], row: Sequence[Any]) -> tuple[tuple[Any, State], Any]:
         values, state = carry

@@ -16,10 +16,13 @@ from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit
 from peft_jax._numerics import (
     CALLS,
     ShapedArray,
+    Trace,
+    Tracer,
     branches_of,
     called,
     cond_p,
     consts_of,
+    current_trace,
     define_bilinear,
     define_derivative,
     is_recomputed,
@@ -30,11 +33,13 @@ from peft_jax._numerics import (
     new_primitive,
     programs_in,
     read,
+    run_checkpointed,
     run_equation,
     run_program,
     scan_body,
     scan_p,
     scan_split,
+    set_current_trace,
     set_jit_context,
     takes_a_slice,
     while_p,
@@ -173,7 +178,7 @@ def test_scan_says_which_operands_are_constants_and_carried(derivative, batched)
         function, args = jax.vmap(function), jax.tree.map(lambda x: jnp.stack([x, x]), args)
     equation = only(scan_p, function, *args)
     factor = 2 if derivative else 1
-    consts, carried = scan_split(equation)
+    consts, carried = scan_split(equation.params)
     assert (consts, carried) == (factor, factor + 1)
     shapes = [atom.aval.shape for atom in equation.invars]
     row = (2, 3) if batched else (3,)
@@ -181,9 +186,90 @@ def test_scan_says_which_operands_are_constants_and_carried(derivative, batched)
     assert sorted(shapes[consts : consts + carried]) == sorted([row] * factor + [()])
     assert shapes[consts + carried :] == [(2, *row)] * factor
     assert len(equation.outvars) == carried + factor
-    body, options = scan_body(equation)
+    body, options = scan_body(equation.params)
     assert len(body.invars) == len(equation.invars)
     assert options == {"length": 2, "reverse": False, "unroll": 1}
+
+
+def test_the_program_of_a_checkpoint_runs():
+    function = jax.checkpoint(lambda x: jnp.tanh(x) * 2)
+    equation = only(remat_p, function, X)
+    np.testing.assert_allclose(run_checkpointed(equation.params["jaxpr"], [X]), [function(X)])
+    assert {"prevent_cse", "policy"} <= set(equation.params)
+
+
+# --- Traces --------------------------------------------------------------------------------------
+
+
+class Watching(Trace):
+    """A trace that hands everything on, and remembers it."""
+
+    def __init__(self, parent):
+        super().__init__()
+        self.parent, self.seen, self.requires_low = parent, [], False
+
+    def stage_value(self, value):
+        return self.parent.stage_value(value)
+
+    def process_primitive(self, primitive, args, params, /):
+        self.seen.append((primitive.name, args))
+        with set_current_trace(self.parent):
+            return primitive.bind(*(getattr(arg, "value", arg) for arg in args), **params)
+
+    def process_custom_jvp_call(self, primitive, fun, jvp, args, /, **params):
+        self.seen.append((primitive.name, args))
+        return self.parent.process_custom_jvp_call(primitive, fun, jvp, args, **params)
+
+    def process_custom_vjp_call(self, primitive, fun, fwd, bwd, args, /, **params):
+        self.seen.append((primitive.name, args))
+        return self.parent.process_custom_vjp_call(primitive, fun, fwd, bwd, args, **params)
+
+
+class Held(Tracer):
+    __slots__ = ("value",)
+
+    def __init__(self, trace, value):
+        super().__init__(trace, jax.typeof(value))
+        self.value = value
+
+
+def test_what_a_trace_is_asked_for():
+    """`Frame` hands on to its parent what it does not know; a new name here wants a look."""
+    asked = {name for name in dir(Trace) if name.startswith("process_")}
+    assert asked <= {
+        "process_call",  # until jax 0.11
+        "process_custom_jvp_call",
+        "process_custom_vjp_call",
+        "process_primitive",
+    }
+
+
+@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
+def test_a_trace_of_ours_meets_every_operation(around):
+    seen = []
+
+    def function(x):
+        trace = Watching(current_trace())
+        with set_current_trace(trace):
+            held = Held(trace, x)
+            y = jax.lax.add(jax.lax.tanh(held), jax.nn.relu(x))
+        assert current_trace() is trace.parent
+        seen.extend(name for name, _ in trace.seen)
+        assert any(isinstance(arg, Held) for _, args in trace.seen for arg in args)
+        return y
+
+    np.testing.assert_allclose(around(function)(X), jnp.tanh(X) + jax.nn.relu(X), rtol=1e-6)
+    assert {"tanh", "add", "custom_jvp_call"} <= set(seen)
+
+
+def test_values_that_no_trace_knows_are_lowered():
+    class Known(Held):
+        __slots__ = ()
+
+        def full_lower(self):
+            return self.value
+
+    assert float(jnp.sum(Known(Watching(current_trace()), X))) == float(X.sum())
 
 
 def test_while_says_which_operands_only_its_condition_or_body_reads():
