@@ -10,7 +10,15 @@ import jax.numpy as jnp
 
 from peft_jax._numerics.einsum import common_dtype
 from peft_jax._numerics.lazy.dense import settled, without_windows
-from peft_jax._numerics.lazy.products import CONTRACTED, PRODUCED, Product, along, dropped, gained
+from peft_jax._numerics.lazy.products import (
+    CONTRACTED,
+    PRODUCED,
+    Product,
+    along,
+    dropped,
+    gained,
+    scaled_by,
+)
 from peft_jax._numerics.lazy.weight import Factor, LazyWeight, Term
 
 Array = jax.Array
@@ -90,7 +98,7 @@ def _convolved(
     in_feature, out_feature = numbers.lhs_spec[1], numbers.out_spec[1]
     rank = wide.value.shape[-1]
     kernel = wide.value.astype(dtype)
-    matrix = narrow.value.astype(dtype) * jnp.asarray(term.scaling, dtype)
+    matrix = scaled_by(narrow.value.astype(dtype), term.scaling)
 
     def convolve(x: Array, kernel: Array, groups: int) -> Array:
         return jax.lax.conv_general_dilated(
@@ -153,8 +161,7 @@ def ragged_dot(
         first, second = (term.a, term.b) if 1 in term.a.axes else (term.b, term.a)
         dtype = common_dtype(x, first.value, second.value) if term.dtype is None else term.dtype
         hidden = _rows_times(dropped(x, term).astype(dtype), first, sizes, dtype, params)
-        hidden = hidden * jnp.asarray(term.scaling, dtype)
-        turned = Factor(jnp.swapaxes(second.value, -1, -2), second.axes)
+        turned = Factor(jnp.swapaxes(scaled_by(second.value, term.scaling), -1, -2), second.axes)
         y = y + _rows_times(hidden, turned, sizes, dtype, params).astype(y.dtype)
     return Product(y, roles, x)
 

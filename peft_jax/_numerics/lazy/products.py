@@ -160,17 +160,21 @@ def _term(
     y = low_rank_product(
         x.astype(dtype),
         first.value.astype(dtype),
-        second.value.astype(dtype),
+        scaled_by(second.value.astype(dtype), term.scaling),
         f"{x_letters},{first.letters}->{kept}",
         f"{kept},{second.letters}->{target}",
         precision=precision,
     )
-    y = y * jnp.asarray(term.scaling, y.dtype)
     if gain is not None:
         y = y * along(gain, target, y.dtype)
     y = jnp.expand_dims(y, [i for i, c in enumerate(out) if c not in target])
     lengths = dict(zip(named(range(len(shape))), shape, strict=True))
     return _placed_in(y, out, ranges, lengths)
+
+
+def scaled_by(factor: Array, scaling: float) -> Array:
+    """A factor times the scaling, which costs less than the product times it."""
+    return factor if scaling == 1 else factor * jnp.asarray(scaling, factor.dtype)
 
 
 def _placed_in(y: Array, out: str, ranges: dict[str, Any], lengths: dict[str, int]) -> Array:
