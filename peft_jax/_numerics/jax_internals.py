@@ -7,6 +7,8 @@ fails when it no longer holds.
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -31,6 +33,7 @@ from jax.extend.core.primitives import (
     scan_p,
     while_p,
 )
+from jax.extend.linear_util import WrappedFun, wrap_init
 from jax.interpreters import ad, batching, mlir
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "define_derivative",
     "is_literal",
     "is_recomputed",
+    "is_subfunction",
     "is_traced",
     "is_unknown",
     "is_zero",
@@ -61,6 +65,7 @@ __all__ = [
     "remat_p",
     "run_checkpointed",
     "run_equation",
+    "run_inside",
     "run_program",
     "scan_body",
     "scan_p",
@@ -90,6 +95,19 @@ def current_trace() -> Trace:
     """The trace that operations are bound in: that of the innermost transformation."""
     with take_current_trace() as trace:
         return trace
+
+
+def is_subfunction(value: Any) -> bool:
+    """Whether a value is a function that JAX hands to a trace, to be run inside an operation."""
+    return isinstance(value, WrappedFun | types.FunctionType | functools.partial)
+
+
+def run_inside(function: Any, around: Callable[..., Any]) -> Any:
+    """Such a function, run as ``around(run, *args)``; its results are in lists or flat trees."""
+    if not isinstance(function, WrappedFun):
+        return functools.partial(around, function)
+    run = functools.partial(around, function.call_wrapped)
+    return wrap_init(run, debug_info=function.debug_info)
 
 
 def jit_context(default: Hashable) -> Any:

@@ -1,8 +1,9 @@
 """Where values of a program come from: which products they pass, and whether from its inputs.
 
-An abstract run marks the operand and the result of every product with a weight (`mark`). Two facts
-about each product then follow from the program alone: whether its operand depends on the inputs,
-and which later products use its result. Loops are followed until nothing changes.
+An abstract run marks the operand and the result of every product with a lazy weight (`mark`), and
+every dense weight that is formed (`mark_dense`). Facts about each use then follow from the program
+alone: whether the weight meets what depends on the inputs in a product, and which later products
+use the result. Loops are followed until nothing changes.
 """
 
 from __future__ import annotations
@@ -67,6 +68,33 @@ _mark_p = new_primitive("weight_use", _same, output_type=_same, batch=_batch, lo
 define_derivative(_mark_p, _differentiate, _transpose)
 
 
+def mark_dense(value: Any, use: int) -> Any:
+    """``value``, a dense weight that the use asked for."""
+    return _mark_dense_p.bind(value, use=use)
+
+
+def _itself(value: Any, *, use: int) -> Any:
+    return value
+
+
+def _batch_itself(operands: Any, axes: Any, *, use: int) -> Any:
+    return _mark_dense_p.bind(*operands, use=use), axes[0]
+
+
+def _differentiate_itself(primals: Any, tangents: Any, *, use: int) -> Any:
+    return _mark_dense_p.bind(*primals, use=use), tangents[0]
+
+
+def _transpose_itself(cotangent: Any, value: Any, *, use: int) -> Any:
+    return [cotangent]
+
+
+_mark_dense_p: Primitive = new_primitive(
+    "dense_weight", _itself, output_type=_itself, batch=_batch_itself, lowered=_itself
+)
+define_derivative(_mark_dense_p, _differentiate_itself, _transpose_itself)
+
+
 # --- Flow ----------------------------------------------------------------------------------------
 
 
@@ -77,13 +105,17 @@ class Origin:
     Attributes:
       is_input: whether it depends on an input of the program.
       products: the last products on the ways that lead to it.
+      weights: the dense weights that it is made of, if it depends on no input.
     """
 
     is_input: bool = False
     products: frozenset[int] = frozenset()
+    weights: frozenset[int] = frozenset()
 
     def __or__(self, other: Origin) -> Origin:
-        return Origin(self.is_input or other.is_input, self.products | other.products)
+        is_input = self.is_input or other.is_input
+        weights = frozenset() if is_input else self.weights | other.weights
+        return Origin(is_input, self.products | other.products, weights)
 
 
 @dataclasses.dataclass
@@ -91,17 +123,18 @@ class Flow:
     """What a program does with the products in it.
 
     Attributes:
-      of_inputs: products whose operand depends on an input.
-      followed: products whose result reaches the operand of another one.
+      of_inputs: uses that multiply the weight with what depends on an input.
+      followed: pairs of a product, and one whose operand its result reaches.
       last: products whose result reaches an output of the program.
     """
 
     of_inputs: set[int] = dataclasses.field(default_factory=set)
-    followed: set[int] = dataclasses.field(default_factory=set)
+    followed: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     last: set[int] = dataclasses.field(default_factory=set)
 
 
 NOTHING = Origin()
+PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})
 
 
 def flow_of(program: Program, inputs: Sequence[bool]) -> Flow:
@@ -120,7 +153,8 @@ def _run(program: Program, args: Sequence[Origin], flow: Flow) -> list[Origin]:
         return NOTHING if is_literal(atom) else known[atom]
 
     for equation in program.eqns:
-        rule = _RULES.get(equation.primitive, _any)
+        is_product = equation.primitive.name in PRODUCTS
+        rule = _RULES.get(equation.primitive, _product if is_product else _any)
         results = rule(equation, [origin(atom) for atom in equation.invars], flow)
         known.update(zip(equation.outvars, results, strict=True))
     return [origin(atom) for atom in program.outvars]
@@ -134,11 +168,34 @@ def _union(origins: Sequence[Origin]) -> Origin:
 
 
 def _any(equation: Equation, args: Sequence[Origin], flow: Flow) -> list[Origin]:
-    """All results depend on all operands; what is inside a program that is not followed, too."""
+    """All results depend on all operands.
+
+    A program inside that takes as many is taken for one that is run on them, such as that of
+    shard_map.
+    """
     everything = _union(args)
+    results = [everything] * len(equation.outvars)
     for program in programs_in(equation):
-        _run(program, [everything] * len(program.invars), flow)
-    return [everything] * len(equation.outvars)
+        fits = len(program.invars) == len(args)
+        found = _run(program, args if fits else [everything] * len(program.invars), flow)
+        if fits and len(found) == len(results):
+            results = found
+    return results
+
+
+def _product(equation: Equation, args: Sequence[Origin], flow: Flow) -> list[Origin]:
+    """A product of arrays, one of which may be made of dense weights."""
+    left, right = args[:2]
+    for weight, other in ((left, right), (right, left)):
+        if weight.weights and other.is_input:
+            flow.of_inputs |= weight.weights
+            flow.followed |= {(p, use) for p in other.products for use in weight.weights}
+            return [Origin(True, weight.weights)] * len(equation.outvars)
+    return [_union(args)] * len(equation.outvars)
+
+
+def _mark_dense(equation: Equation, args: Sequence[Origin], flow: Flow) -> list[Origin]:
+    return [Origin(weights=frozenset([equation.params["use"]]))]
 
 
 def _mark(equation: Equation, args: Sequence[Origin], flow: Flow) -> list[Origin]:
@@ -146,7 +203,7 @@ def _mark(equation: Equation, args: Sequence[Origin], flow: Flow) -> list[Origin
     use = equation.params["use"]
     if operand.is_input:
         flow.of_inputs.add(use)
-    flow.followed |= operand.products
+    flow.followed |= {(product, use) for product in operand.products}
     return [Origin(value.is_input or operand.is_input, frozenset([use]))]
 
 
@@ -198,6 +255,7 @@ def _branches(equation: Equation, args: Sequence[Origin], flow: Flow) -> list[Or
 _RULES: Mapping[Primitive, Callable[..., list[Origin]]] = {
     **dict.fromkeys(CALLS, _call),
     _mark_p: _mark,
+    _mark_dense_p: _mark_dense,
     scan_p: _scan,
     while_p: _while,
     cond_p: _branches,

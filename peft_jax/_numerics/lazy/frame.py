@@ -27,14 +27,16 @@ import jax
 from peft_jax._numerics.jax_internals import (
     Trace,
     current_trace,
+    is_subfunction,
     jit_p,
     remat_p,
+    run_inside,
     run_program,
     scan_p,
     set_current_trace,
 )
 from peft_jax._numerics.lazy.dense import dense
-from peft_jax._numerics.lazy.flow import mark
+from peft_jax._numerics.lazy.flow import mark, mark_dense
 from peft_jax._numerics.lazy.loops import rebuilt_checkpoint, rebuilt_scan
 from peft_jax._numerics.lazy.operations import OPERATIONS, PRODUCTS
 from peft_jax._numerics.lazy.products import Product
@@ -102,11 +104,18 @@ class Frame(Trace):
     def _dense(self, value: Any, reason: str) -> Any:
         if not isinstance(value, LazyTracer):
             return value
-        self._note(weight_of(value.lazy), reason, None)
+        weight = weight_of(value.lazy)
         if value.dense is None:
             with set_current_trace(self.parent):
                 value.dense = dense(value.lazy)
-        return value.dense
+        if self.record is None:
+            return value.dense
+        number, result = len(self.record), value.dense
+        self._note(weight, reason, None)
+        with set_current_trace(self.parent):
+            for use in range(number, len(self.record)):
+                result = mark_dense(result, use)
+        return result
 
     def _note(
         self,
@@ -234,17 +243,21 @@ class Frame(Trace):
         run = getattr(self.parent, name)
         reason = name.removeprefix("process_").removesuffix("_call")
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, LazyTracer):
-                return self._dense(value, reason)
-            if isinstance(value, list | tuple):
-                return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+        def inside(run: Callable[..., Any], *args: Any) -> Any:
+            with self.nested() as inner:
+                return plain(run(*args), inner)
+
+        def plain(value: Any, frame: Frame) -> Any:
+            if is_subfunction(value):  # it may close over lazy weights
+                return run_inside(value, inside)
+            if type(value) in (list, tuple):
+                return type(value)(plain(one, frame) for one in value)
             if hasattr(value, "map") and hasattr(value, "vals"):  # a flat tree, from jax 0.11 on
-                return value.map(plain)
-            return value
+                return value.map(lambda one: frame._dense(one, reason))
+            return frame._dense(value, reason)
 
         def process(*args: Any, **params: Any) -> Any:
-            return run(*map(plain, args), **params)
+            return run(*(plain(arg, self) for arg in args), **params)
 
         return process
 

@@ -25,6 +25,7 @@ from peft_jax._numerics.lazy.views import (
     slice_,
     split,
     squeeze,
+    tile,
     times,
     transpose,
 )
@@ -164,6 +165,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": _view(broadcast_in_dim),
     "reshape": _view(reshape),
     "rev": _view(rev),
+    "tile": _view(tile),
     "slice": _view(slice_),
     "dynamic_slice": _dynamic_slice,
     "convert_element_type": _view(convert_element_type),

@@ -30,8 +30,9 @@ class Usage:
       operation: JAX's name of that product, or of the operation that needs the dense weight.
       dense: the operations that need the dense weight, in order.
       is_lookup: whether the product is a lookup of rows.
-      is_multiplied: whether a matrix product contracts it with what flows from the inputs.
-      is_last: whether no other product follows, and the result reaches an output.
+      is_multiplied: whether a matrix product contracts it, or an array that is made of it alone,
+        with what flows from the inputs.
+      is_last: whether no product with another parameter follows, and the result is an output.
     """
 
     shape: tuple[int, ...]
@@ -98,8 +99,17 @@ def _usage(uses: list[tuple[int, Use]], flow: Any) -> Usage:
         for number, use in uses
         if use.roles is not None and (roles := _stored_roles(use.roles)) is not None
     ]
+    multiplied = [
+        number
+        for number, use in uses
+        if number in flow.of_inputs and (use.roles is None or use.operation in MATRIX_PRODUCTS)
+    ]
+    own = {number for number, _ in uses}
+    followed = {number for number, by in flow.followed if by not in own}
+    is_last = bool(multiplied) and set(multiplied) <= flow.last - followed
     if not products:
-        return Usage(shape, None, dense[0] if dense else "unused", dense)
+        operation = dense[0] if dense else "unused"
+        return Usage(shape, None, operation, dense, False, bool(multiplied), is_last)
 
     def preferred(product: tuple[int, Use, Any]) -> tuple[bool, bool, bool]:
         number, use, _ = product
@@ -109,9 +119,6 @@ def _usage(uses: list[tuple[int, Use]], flow: Any) -> Usage:
         return use.operation not in LOOKUPS, number not in flow.of_inputs, mixed
 
     _, use, roles = min(products, key=preferred)
-    multiplied = [
-        n for n, other, _ in products if other.operation in MATRIX_PRODUCTS and n in flow.of_inputs
-    ]
     return Usage(
         shape,
         roles,
@@ -119,7 +126,7 @@ def _usage(uses: list[tuple[int, Use]], flow: Any) -> Usage:
         dense,
         use.operation in LOOKUPS,
         bool(multiplied),
-        bool(multiplied) and all(n in flow.last and n not in flow.followed for n in multiplied),
+        is_last,
     )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from peft_jax._numerics.einsum import common_dtype
-from peft_jax._numerics.lazy.dense import settled, without_windows
+from peft_jax._numerics.lazy.dense import settled, with_axis, without_windows
 from peft_jax._numerics.lazy.weight import Factor, LazyWeight, Part, Scaled, Term, Window
 
 Bind = Callable[..., Any]
@@ -107,12 +107,18 @@ def reshape(
     groups = _groups(weight.shape, new_sizes)
     changed = [i for ins, outs in groups for i in ins if len(ins) != 1 or len(outs) != 1]
     weight = without_windows(weight, changed)
+    varying = {axis for part in weight.parts for term in part.terms for axis in term.axes}
+    varying |= set(weight.gain.axes if weight.gain else ())
+    constant = set(range(weight.ndim)) - varying
 
     def change(factor: Factor) -> Factor | None:
         sizes: list[int] = []
         axes: list[int] = []
         for ins, outs in groups:
             long = {i for i in ins if weight.shape[i] != 1}
+            if long & set(factor.axes):
+                for axis in sorted(long & constant):  # along which nothing changes, as of a tile
+                    factor = with_axis(factor, axis, weight.shape[axis])
             own = {i for i in ins if i in factor.axes}
             if long & own and not long <= own:
                 return None  # the merged axis would belong to two factors
@@ -155,6 +161,17 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> Groups:
                 right, j = right * new[j], j + 1
         groups.append((ins, outs))
     return groups
+
+
+def tile(weight: LazyWeight, bind: Bind, *, reps: Sequence[int], **_: Any) -> View:
+    if len(reps) != weight.ndim:
+        return None
+    weight = without_windows(weight, [i for i, count in enumerate(reps) if count != 1])
+
+    def change(factor: Factor) -> Factor:
+        return Factor(jnp.tile(factor.value, [*(reps[i] for i in factor.axes), 1]), factor.axes)
+
+    return rebuilt(weight, bind(weight.base), change, [(i,) for i in range(weight.ndim)])
 
 
 def rev(weight: LazyWeight, bind: Bind, *, dimensions: Sequence[int], **_: Any) -> View:

@@ -78,6 +78,29 @@ def clipped_product(x, w):
 clipped_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
 
 
+MESH, SPEC = jax.make_mesh((1,), ("axis",)), jax.sharding.PartitionSpec()
+
+
+def closing_over(custom):
+    """The product inside a function with a derivative of its own by x alone."""
+
+    def run(w, x):
+        product = custom(lambda x: x @ w)
+        if custom is jax.custom_vjp:
+            product.defvjp(lambda x: (x @ w, None), lambda _, g: (g @ w.T,))
+        else:
+            product.defjvp(lambda primals, tangents: (primals[0] @ w, tangents[0] @ w))
+        return product(x)
+
+    return run
+
+
+def returning(w):
+    function = jax.custom_jvp(lambda x: w.T)
+    function.defjvp(lambda primals, tangents: (w.T, jnp.zeros_like(w.T)))
+    return function
+
+
 def python_loop(w, x):
     for i in range(w.shape[0]):
         x = jnp.tanh(x @ w[i])
@@ -254,6 +277,29 @@ CASES = {
     "custom derivative of both": Case(
         lambda w, x: clipped_product(x, w), (4, 5), (3, 4), at_weight=("custom_vjp",)
     ),
+    "custom vjp that closes over it": Case(closing_over(jax.custom_vjp), (4, 5), (3, 4)),
+    "custom jvp that closes over it": Case(closing_over(jax.custom_jvp), (4, 5), (3, 4)),
+    "custom jvp that returns it": Case(
+        lambda w, x: x @ returning(w)(x).T,
+        (4, 5),
+        (3, 4),
+        at_weight=("custom_jvp",),
+    ),
+    "shard_map that closes over it": Case(
+        lambda w, x: jax.shard_map(lambda x: x @ w, mesh=MESH, in_specs=(SPEC,), out_specs=SPEC)(x),
+        (4, 5),
+        (3, 4),
+    ),
+    "argument of shard_map": Case(
+        lambda w, x: jax.shard_map(
+            lambda x, w: x @ w, mesh=MESH, in_specs=(SPEC, SPEC), out_specs=SPEC
+        )(x, w),
+        (4, 5),
+        (3, 4),
+        at_weight=("shard_map",),
+    ),
+    "a tile": Case(lambda w, x: x @ jnp.tile(w, (1, 2)), (4, 5), (3, 4)),
+    "repeated": Case(lambda w, x: x @ jnp.repeat(w, 2, 1), (4, 5), (3, 4)),
     "norm": Case(lambda w, x: x @ norm(w), (4, 5), (3, 4), at_weight=("mul", "div")),
     "masked": Case(lambda w, x: x @ (w * jnp.eye(4)), (4, 4), (3, 4), at_weight=("dot_general",)),
     "an added array": Case(lambda w, x: x + w[:3], (4, 5), (3, 5), at_weight=("add",)),
@@ -277,7 +323,13 @@ CASES = {
     "no numbers": Case(lambda w, x: x @ w, (4, 0), (3, 4)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-ONE_WAY = ("while",)  # no reverse mode
+# Without reverse mode, or with derivatives by x alone.
+ONE_WAY = (
+    "while",
+    "custom vjp that closes over it",
+    "custom jvp that closes over it",
+    "custom jvp that returns it",
+)
 
 
 def run(case, arrays, x, record=None, **fields):

@@ -115,6 +115,39 @@ def test_what_flows_from_the_inputs():
     }
 
 
+INSIDE = {
+    "sine": lambda w, x: x @ jnp.sin(w),
+    "masked": lambda w, x: x @ jnp.where(jnp.eye(4) > 0, w, 0),
+    "loop": lambda w, x: jax.lax.fori_loop(0, x.astype(int)[0, 0], lambda _, x: x @ w, x),
+    "switch": lambda w, x: jax.lax.switch(1, [lambda x: x @ w, lambda x: -x @ w], x),
+    "cond": lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: -x @ w, x),
+    "product of weights": lambda w, x: x @ (w @ w),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_products_with_what_is_made_of_a_weight(name):
+    """The weight is needed dense, and still a matrix product contracts it with an input."""
+    found = uses(lambda w, x: INSIDE[name](w["w"], x), {"w": (4, 4)}, (3, 4))["w"]
+    assert found.roles is None
+    assert found.dense
+    assert found.is_multiplied
+    assert found.is_last
+
+
+def test_what_is_added_is_not_multiplied():
+    def function(w, x):
+        return jnp.tanh(x + w["positions"]) @ w["w"] * w["gate"]
+
+    shapes = {"positions": (3, 4), "w": (4, 5), "gate": (3, 5)}
+    found = uses(function, shapes, (3, 4))
+    assert {name: use.is_multiplied for name, use in found.items()} == {
+        "positions": False,
+        "w": True,
+        "gate": False,
+    }
+
+
 def power_iteration(w, x):
     """The outputs are contracted first, by a vector of a state."""
     u = jnp.ones(5)
