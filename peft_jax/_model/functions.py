@@ -77,7 +77,8 @@ def function_specs(
       beside its parameter, at ``lora``, or at ``lora_<parameter>`` beside one of several weights.
 
     Raises:
-      ValueError: if an entry of the config matches nothing, or a parameter has no low-rank form.
+      ValueError: if an entry of the config matches nothing, or a parameter that is adapted is no
+        entry of a dict.
     """
     _check_config(config, adapter_name)
     leaves = _leaves(params)
@@ -89,6 +90,7 @@ def function_specs(
     targeted = {path for path in chosen if selects(config, path)}
     targeted |= {path[:-1] for path in chosen if selects(config, path[:-1])}
     check_entries(config, modules | set(leaves), targeted, leaves)
+    _refuse_without_name(params, chosen)
     specs = {}
     for path in chosen:
         alone = sum(other[:-1] == path[:-1] for other in weights) == 1
@@ -172,6 +174,19 @@ def _path_of(keys: Iterable[Any]) -> Path:
 def _leaves(params: Params) -> dict[Path, Any]:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     return {_path_of(keys): leaf for keys, leaf in flat if hasattr(leaf, "shape")}
+
+
+def _refuse_without_name(params: Params, chosen: Iterable[Path]) -> None:
+    """Adapters lie beside parameters, in dicts."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    last = {_path_of(keys): keys[-1] if keys else None for keys, _ in flat}
+    for path in chosen:
+        if not isinstance(last[path], jax.tree_util.DictKey):
+            raise ValueError(
+                f"The parameter '{slashed(path)}' is no entry of a dict, so no adapter can lie "
+                "beside it. Give function_specs a function of a tree of dicts, such as "
+                "{'w': array}, that builds this one."
+            )
 
 
 def _usages(fn: Callable[..., Any], params: Params, args: Any, kwargs: Any) -> dict[Path, Usage]:

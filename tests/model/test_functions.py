@@ -231,6 +231,15 @@ def test_configs_without_meaning(fields, words):
         peft.function_specs(two_layers, TWO, numbers(2, 5, 4), config=peft.LoraConfig(**fields))
 
 
+@pytest.mark.parametrize("params", [[numbers(4, 5)], numbers(4, 5)], ids=["list", "array"])
+def test_parameters_without_a_name(params):
+    def fn(params, x):
+        return x @ (params[0] if isinstance(params, list) else params)
+
+    with pytest.raises(ValueError, match="is no entry of a dict"):
+        peft.function_specs(fn, params, numbers(3, 4), config=ALL)
+
+
 def test_adapters_that_do_not_fit():
     fn, params, x, _, specs, lora = adapted("two layers")
     run = peft.adapt_function(fn, specs)
