@@ -158,6 +158,21 @@ def test_imports_point_down_and_go_through_faces(wing):
             assert other == face, f"{where} imports {other} past its face, {face}."
 
 
+TESTS = Path(__file__).parent
+
+
+def test_tests_import_faces_or_files_of_the_wing_that_they_mirror():
+    tests = [test for test in TESTS.rglob("*.py") if "interop" not in test.parts]
+    for test in tests:
+        mirrored = test.relative_to(TESTS).parts[0]
+        for found in imports_in(ast.parse(test.read_text()), ()):
+            if not found.module or found.module[0] != PACKAGE.name:
+                continue
+            other = target(found)
+            is_own = wing_of(other).removeprefix("_") == mirrored
+            assert other == face_of(other) or is_own, f"{test}:{found.line} imports {other}."
+
+
 def test_every_file_stands_in_a_wing():
     for file in FILES:
         assert wing_of(file) in FLOOR_OF, f"{file}: give {wing_of(file)!r} a floor in FLOORS."

@@ -30,7 +30,7 @@ from peft_jax._numerics import (
     uses_of,
 )
 from peft_jax._spec import LoraSpec, parse_equation, roles_equation
-from peft_jax._trees import DEFAULT, LORA, Path, check_adapter_name, slashed
+from peft_jax._trees import DEFAULT, LORA, Path, at, check_adapter_name, slashed, split_arrays
 
 __all__ = [
     "adapt_function",
@@ -67,8 +67,8 @@ def function_specs(
       *args: arguments. Arrays and ``jax.ShapeDtypeStruct`` are abstract; anything else passes as
         it is.
       config: which parameters are adapted, and how. ``"all-linear"`` is every parameter that a
-        matrix product contracts with what flows from the arguments, but for an output layer that is
-        as wide as a table of tokens is long.
+        matrix product contracts with values that depend on the arguments, except for an output
+        layer that is as wide as a table of tokens is long.
       adapter_name: of the adapters.
       **kwargs: further arguments, treated as ``args``.
 
@@ -159,7 +159,7 @@ def _check_config(config: LoraConfig, adapter_name: str) -> None:
     for field, value in refused.items():
         if value:
             raise ValueError(
-                f"LoraConfig.{field} = {value!r} has no meaning for a function of parameters. "
+                f"LoraConfig.{field} = {value!r} is not supported for a function of parameters. "
                 "Leave it out, or adapt a Linen module by `peft.get_peft_model`."
             )
 
@@ -190,30 +190,16 @@ def _refuse_without_name(params: Params, chosen: Iterable[Path]) -> None:
 
 
 def _usages(fn: Callable[..., Any], params: Params, args: Any, kwargs: Any) -> dict[Path, Usage]:
-    arrays, fill = _split((args, kwargs))
+    arrays, filled = split_arrays((args, kwargs))
 
     def run(opened: Any, params: Params, inputs: list[Any]) -> Any:
         flat, structure = jax.tree_util.tree_flatten_with_path(params)
         lazy = [opened.lazy(lazy_weight(leaf, _path_of(keys))) for keys, leaf in flat]
-        args, kwargs = fill(inputs)
+        args, kwargs = filled(inputs)
         return _arrays(opened.plain(fn(jax.tree.unflatten(structure, lazy), *args, **kwargs)))
 
     found: dict[Hashable, Usage] = uses_of(run, params, arrays)
     return {path: usage for path, usage in found.items() if isinstance(path, tuple)}
-
-
-def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays of a tree, and what puts others in their place."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-
-    def fill(arrays: list[Any]) -> Any:
-        given = iter(arrays)
-        pairs = zip(leaves, is_array, strict=True)
-        filled = [next(given) if array else leaf for leaf, array in pairs]
-        return jax.tree.unflatten(structure, filled)
-
-    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], fill
 
 
 def _arrays(tree: Any) -> list[Any]:
@@ -290,13 +276,10 @@ def _term(where: str, spec: LoraSpec, weight: Any, lora: Any) -> Term:
 
 
 def _adapter_at(lora: Any, where: str) -> Any:
+    """An adapter in a tree, or in a dict by paths; None if it is missing."""
     if isinstance(lora, Mapping) and where in lora:
         return lora[where]
-    for name in where.split("/"):
-        if isinstance(lora, Mapping) and name in lora:
-            lora = lora[name]
-        elif isinstance(lora, list | tuple) and name.isdigit() and int(name) < len(lora):
-            lora = lora[int(name)]
-        else:
-            return None
-    return lora
+    try:
+        return at(lora, where)
+    except (KeyError, AttributeError, TypeError):
+        return None

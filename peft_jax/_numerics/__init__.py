@@ -13,5 +13,6 @@ from peft_jax._numerics.quantized.products import *
 from peft_jax._numerics.quantized.values import *
 from peft_jax._numerics.quantized.weight import *
 from peft_jax._numerics.sharding import *
+from peft_jax._numerics.sparsify import *
 from peft_jax._numerics.spectra import *
 from peft_jax._numerics.weight_change import *

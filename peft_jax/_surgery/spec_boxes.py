@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import struct
 from flax.core import meta
 from flax.typing import Array, Dtype, Initializer
 
 from peft_jax._spec import LoraSpec, stacked
 from peft_jax._surgery.active import record, recording
-from peft_jax._trees import partitioned_like
+from peft_jax._trees import partitioned_like, split_arrays
 
 __all__ = [
     "SpecBox",
@@ -84,22 +83,9 @@ def traced_boxes(init: Callable[..., Any], *given: Any) -> dict[str, SpecBox]:
       *given: trees. Arrays and ``jax.ShapeDtypeStruct`` are abstract; other leaves pass as
         they are.
     """
-    leaves, tree = jax.tree.flatten(given)
-    abstract = [_is_array(leaf) for leaf in leaves]
-
-    def run(arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        pairs = zip(leaves, abstract, strict=True)
-        filled = [next(remaining) if is_array else leaf for leaf, is_array in pairs]
-        return init(*jax.tree.unflatten(tree, filled))
-
-    arrays = [leaf for leaf, is_array in zip(leaves, abstract, strict=True) if is_array]
+    arrays, filled = split_arrays(given)
     with record():
-        return _boxes(jax.eval_shape(run, arrays))
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+        return _boxes(jax.eval_shape(lambda arrays: init(*filled(arrays)), arrays))
 
 
 def _boxes(params: Mapping[str, Any], prefix: str = "") -> dict[str, SpecBox]:

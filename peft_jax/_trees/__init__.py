@@ -1,6 +1,7 @@
 """Parameter trees in, parameter trees out."""
 
 from peft_jax._trees.adapter_leaves import *
+from peft_jax._trees.arguments import *
 from peft_jax._trees.boxes import *
 from peft_jax._trees.fuse import *
 from peft_jax._trees.paths import *

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peft_jax._numerics import is_traced
+from peft_jax._numerics import MAJORITY_SIGN_METHODS, is_traced
 from peft_jax.adapters._combine_layers import CALLER
 from peft_jax.adapters._combine_table import Settings
-from peft_jax.adapters._sparsify import MAJORITY_SIGN_METHODS
 
 
 def finite_weights(weights: Any) -> list[float]:

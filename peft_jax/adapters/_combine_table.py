@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from peft_jax._numerics import padded
-from peft_jax.adapters._sparsify import (
+from peft_jax._numerics import (
     elected_mean,
     keep_all,
     keep_largest,
     keep_random,
+    padded,
     weighted_sum,
 )
 

@@ -7,5 +7,6 @@ Nothing of JAX is imported before a command runs.
 """
 
 from peft_jax.cli._main import main
+from peft_jax.cli._options import COMMANDS
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]

@@ -9,10 +9,11 @@ from pathlib import Path
 from peft_jax.cli._report import write_checkpoint
 from peft_jax.cli._screen import say
 from peft_jax.io.any_adapter import has_specs, load, read_adapter
+from peft_jax.io.checkpoints import read
 from peft_jax.io.checkpoints.fuse import Change, changes_of
 from peft_jax.io.checkpoints.fuse_specs import changes_by_specs, speaks_of
 from peft_jax.io.checkpoints.open import open_checkpoint
-from peft_jax.io.checkpoints.read import CHUNK_BYTES, Checkpoint, row_ranges
+from peft_jax.io.checkpoints.read import Checkpoint, row_ranges
 from peft_jax.io.checkpoints.write import NewCheckpoint
 from peft_jax.io.files.formats import HUGGINGFACE, Array, require_adapter
 from peft_jax.io.files.safetensors import TensorStream
@@ -47,10 +48,10 @@ def _changed(base: Checkpoint, name: str, change: Change) -> TensorStream:
     shape, size = base.shape(name), base.nbytes(name)
 
     def chunks() -> Iterator[Array]:
-        if change.rows is None or size <= CHUNK_BYTES:
+        if change.rows is None or size <= read.CHUNK_BYTES:
             yield change.whole(base.read(name))
             return
-        for start, stop in row_ranges(shape[0], size // shape[0], CHUNK_BYTES):
+        for start, stop in row_ranges(shape[0], size // shape[0], read.CHUNK_BYTES):
             yield change.rows(base.read_rows(name, start, stop), start, stop)
 
     return TensorStream(base.dtype(name), shape, chunks)

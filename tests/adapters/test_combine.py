@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import peft_jax as peft
 from peft_jax import LoraSpec
+from peft_jax._numerics import elected_mean, keep_largest, keep_random, rescaled
 from peft_jax.adapters import add_weighted_adapter
-from peft_jax.adapters._sparsify import elected_mean, keep_largest, keep_random, rescaled
 
 DENSE = LoraSpec("kernel", "ir,ro->io", 2)
 INPUTS, OUTPUTS = 6, 5

@@ -26,9 +26,9 @@ from safetensors.numpy import load_file, save_file
 
 import peft_jax as peft
 from peft_jax.adapters import COMBINATIONS, add_weighted_adapter
-from peft_jax.cli import _fuse
 from peft_jax.io import save_adapter, save_orbax
 from peft_jax.io.any_adapter import load
+from peft_jax.io.checkpoints import read as reading
 from peft_jax.io.checkpoints.open import open_checkpoint
 
 
@@ -104,7 +104,7 @@ def adapted(base, **fields):
 @pytest.mark.parametrize("variant", partly_slow(list(VARIANTS), ("patterns", "dora")))
 def test_fuse_is_fuse_params(variant, base, tmp_path, capsys, monkeypatch):
     """With an adapter in Hugging Face's layout, with our specs in it and without, and in orbax."""
-    monkeypatch.setattr(_fuse, "CHUNK_BYTES", 400)  # slices of six rows
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 400)  # slices of six rows
     config, specs, lora, fused = adapted(base, **VARIANTS[variant])
     save_adapter(tmp_path / "ours", lora, config=config, specs=specs)
     save_orbax(tmp_path / "orbax", lora, specs=specs, config=config)

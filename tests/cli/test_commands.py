@@ -28,8 +28,7 @@ from helpers import partly_slow
 from safetensors.numpy import save_file
 
 import peft_jax
-from peft_jax.cli import main
-from peft_jax.cli._options import COMMANDS
+from peft_jax.cli import COMMANDS, main
 
 COMMAND = [sys.executable, "-m", "peft_jax"]
 

@@ -101,25 +101,18 @@ def _filled(part: Part, shape: tuple[int, ...], axes: Sequence[int]) -> Part:
 
 
 def _fill(term: Term, *, axis: int, window: tuple[int, int], length: int) -> Term:
-    name = next((name for name in "ab" if axis in getattr(term, name).axes), "b")
-    factor = with_axis(getattr(term, name), axis, window[1] - window[0])
-    place = factor.axes.index(axis)
-    pad = [(0, 0)] * factor.value.ndim
-    pad[place] = (window[0], length - window[1])
-    gain, other = term.gain, "b" if name == "a" else "a"
-    second = getattr(term, other)
-    if axis in second.axes:  # a batch axis, which both have
-        second = _pad_factor(second, axis, window, length)
-    if gain is not None and axis in gain.axes:
-        gain = _pad_factor(gain, axis, window, length)
-    padded = Factor(jnp.pad(factor.value, pad), factor.axes)
-    return dataclasses.replace(term, **{name: padded, other: second}, gain=gain)
+    if axis not in term.a.axes + term.b.axes:
+        term = dataclasses.replace(term, b=with_axis(term.b, axis, window[1] - window[0]))
 
+    def padded(factor: Factor) -> Factor:
+        if axis not in factor.axes:
+            return factor
+        pad = [(0, 0)] * factor.value.ndim
+        pad[factor.axes.index(axis)] = (window[0], length - window[1])
+        return Factor(jnp.pad(factor.value, pad), factor.axes)
 
-def _pad_factor(factor: Factor, axis: int, window: tuple[int, int], length: int) -> Factor:
-    pad = [(0, 0)] * factor.value.ndim
-    pad[factor.axes.index(axis)] = (window[0], length - window[1])
-    return Factor(jnp.pad(factor.value, pad), factor.axes)
+    gain = None if term.gain is None else padded(term.gain)
+    return dataclasses.replace(term, a=padded(term.a), b=padded(term.b), gain=gain)
 
 
 def with_axis(factor: Factor, axis: int, length: int) -> Factor:

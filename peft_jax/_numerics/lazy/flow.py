@@ -35,6 +35,7 @@ from peft_jax._numerics.jax_internals import (
 )
 
 Array = jax.Array
+DOTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})  # matrix products of JAX
 
 
 # --- Marks ---------------------------------------------------------------------------------------
@@ -134,7 +135,6 @@ class Flow:
 
 
 NOTHING = Origin()
-PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})
 
 
 def flow_of(program: Program, inputs: Sequence[bool]) -> Flow:
@@ -153,7 +153,7 @@ def _run(program: Program, args: Sequence[Origin], flow: Flow) -> list[Origin]:
         return NOTHING if is_literal(atom) else known[atom]
 
     for equation in program.eqns:
-        is_product = equation.primitive.name in PRODUCTS
+        is_product = equation.primitive.name in DOTS
         rule = _RULES.get(equation.primitive, _product if is_product else _any)
         results = rule(equation, [origin(atom) for atom in equation.invars], flow)
         known.update(zip(equation.outvars, results, strict=True))

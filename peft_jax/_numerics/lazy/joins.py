@@ -16,7 +16,10 @@ from peft_jax._numerics.lazy.weight import Factor, LazyWeight, Part
 
 
 def added(left: Any, right: Any, bind: Bind, *, subtract: bool = False, **_: Any) -> View:
-    """The sum of two weights. That of a weight and an array is no view: see the module frames."""
+    """The sum of two weights.
+
+    That of a weight and an array is no view: ``x + positions[:n]`` would make activations lazy.
+    """
     if not (isinstance(left, LazyWeight) and isinstance(right, LazyWeight)):
         return None
     left, right = settled(left), settled(right)

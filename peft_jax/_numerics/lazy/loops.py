@@ -21,7 +21,7 @@ def rebuilt_scan(nested: Nested, args: Sequence[Any], params: Any) -> list[Any] 
     """A ``lax.scan`` that closes over lazy weights or scans over them; ``nested`` opens frames.
 
     Of a weight that is scanned over, the first axis is stacked: factors that have it are scanned,
-    the others stay outside. A weight in the carry is none of these: the loop needs it dense.
+    the others stay outside. A weight in the carry becomes dense.
     """
     consts_end, carried = scan_split(params)
     carry_end = consts_end + carried

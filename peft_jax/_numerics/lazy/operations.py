@@ -148,17 +148,6 @@ def _ragged(frame: Any, operands: Sequence[Any], bind: Any, params: Any) -> Any:
     return ragged_dot(weight, x, sizes, bind, **params)
 
 
-# Those that multiply the weight with something, and so may draw masks.
-PRODUCTS = frozenset(
-    {
-        "conv_general_dilated",
-        "dot_general",
-        "gather",
-        "ragged_dot",
-        "ragged_dot_general",
-        "reduce_sum",
-    }
-)
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "transpose": _view(transpose),
     "squeeze": _view(squeeze),

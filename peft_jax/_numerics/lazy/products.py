@@ -16,12 +16,17 @@ import jax.numpy as jnp
 
 from peft_jax._numerics.einsum import common_dtype
 from peft_jax._numerics.lazy.dense import dense, placed, settled, without_windows
+from peft_jax._numerics.lazy.flow import DOTS
 from peft_jax._numerics.lazy.views import rebuilt
 from peft_jax._numerics.lazy.weight import RANK, Factor, LazyWeight, Scaled, Term, Window, named
 from peft_jax._numerics.low_rank import low_rank_product
 
 Array = jax.Array
 BATCH, CONTRACTED, PRODUCED = "batch", "contracted", "produced"
+# Names of JAX's operations: lookups of rows, and all that multiply a weight. A sum is one if its
+# operand is `Scaled`.
+LOOKUPS = frozenset({"gather"})
+PRODUCTS = DOTS | LOOKUPS | {"conv_general_dilated", "reduce_sum"}
 FILLING = (jax.lax.GatherScatterMode.FILL_OR_DROP,)
 
 
@@ -70,9 +75,7 @@ def dot_general(
     out = "".join(letters[i] for i in w_batch) + (
         w_free + x_free if weight_first else x_free + w_free
     )
-    value = multiplied(
-        weight, x, x_letters, out, lambda x, base: bind(x, base), precision=precision
-    )
+    value = multiplied(weight, x, x_letters, out, bind, precision=precision)
     return Product(value, roles, x)
 
 

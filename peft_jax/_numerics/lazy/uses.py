@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 
-from peft_jax._numerics.lazy.flow import flow_of
-from peft_jax._numerics.lazy.frame import Use, frame
-from peft_jax._numerics.lazy.products import BATCH, CONTRACTED, PRODUCED
+from peft_jax._numerics.lazy.flow import DOTS, Flow, flow_of
+from peft_jax._numerics.lazy.frames import Use, frame
+from peft_jax._numerics.lazy.products import BATCH, CONTRACTED, LOOKUPS, PRODUCED
 
 __all__ = [
     "Usage",
@@ -31,7 +31,7 @@ class Usage:
       dense: the operations that need the dense weight, in order.
       is_lookup: whether the product is a lookup of rows.
       is_multiplied: whether a matrix product contracts it, or an array that is made of it alone,
-        with what flows from the inputs.
+        with values that depend on the inputs.
       is_last: whether no product with another parameter follows, and the result is an output.
     """
 
@@ -62,13 +62,10 @@ class Usage:
 
 
 ADDITIONS = {"add", "add_any", "sub"}
-LOOKUPS = ("gather",)
-MATRIX_PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general", "reduce_sum")
+MATRIX_PRODUCTS = DOTS | {"reduce_sum"}
 
 
-def uses_of(
-    run: Callable[..., Any], given: Sequence[Any], inputs: Sequence[Any]
-) -> dict[Hashable, Usage]:
+def uses_of(run: Callable[..., Any], given: Any, inputs: Any) -> dict[Hashable, Usage]:
     """How ``run(frame, given, inputs)`` uses the weights that it makes lazy in the frame.
 
     Args:
@@ -91,7 +88,7 @@ def uses_of(
     return {source: _usage(uses, flow) for source, uses in found.items()}
 
 
-def _usage(uses: list[tuple[int, Use]], flow: Any) -> Usage:
+def _usage(uses: list[tuple[int, Use]], flow: Flow) -> Usage:
     shape = uses[0][1].shape
     dense = tuple(dict.fromkeys(use.operation for _, use in uses if use.roles is None))
     products = [
@@ -113,9 +110,9 @@ def _usage(uses: list[tuple[int, Use]], flow: Any) -> Usage:
 
     def preferred(product: tuple[int, Use, Any]) -> tuple[bool, bool, bool]:
         number, use, _ = product
-        # A table factors as a table, whatever else is done with it; and products with what flows
-        # from the inputs come before those of a state, as of a power iteration.
         mixed = any(len(roles) > 1 for roles in use.roles or ())
+        # A table factors as a table, whatever else is done with it; and products with activations
+        # come before those with a state, as in a power iteration.
         return use.operation not in LOOKUPS, number not in flow.of_inputs, mixed
 
     _, use, roles = min(products, key=preferred)

@@ -30,7 +30,6 @@ def rebuilt(
     base: Any,
     change: Callable[[Factor], Factor | None],
     made_of: Sequence[Sequence[int]],
-    window: Callable[[int, Window], Window] = lambda axis, window: window,
 ) -> LazyWeight | None:
     """A view of a view.
 
@@ -38,8 +37,8 @@ def rebuilt(
       weight: the view.
       base: of the new view.
       change: what becomes of each factor; None if it has no form in the new view.
-      made_of: for each axis of the new view, the axes of the old one that it is made of.
-      window: what becomes of the window of an axis, given the old axis.
+      made_of: for each axis of the new view, the axes of the old one that it is made of; axes with
+        windows stay by themselves.
     """
     parts = []
     for part in weight.parts:
@@ -47,7 +46,7 @@ def rebuilt(
         if len(terms) < len(part.terms):
             return None
         origin = tuple(tuple(o for i in axes for o in part.origin[i]) for axes in made_of)
-        ranges = tuple(window(axes[0], part.window[axes[0]]) if axes else None for axes in made_of)
+        ranges = tuple(part.window[axes[0]] if axes else None for axes in made_of)
         parts.append(dataclasses.replace(part, origin=origin, window=ranges, terms=tuple(terms)))
     gain = None if weight.gain is None else change(weight.gain)
     if weight.gain is not None and gain is None:

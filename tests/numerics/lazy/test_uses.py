@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from peft_jax._numerics.lazy import lazy_weight, uses_of
+from peft_jax._numerics import lazy_weight, uses_of
 
 B, C, P = "batch", "contracted", "produced"
 

@@ -38,10 +38,10 @@ from peft_jax._numerics.jax_internals import (
 from peft_jax._numerics.lazy.dense import dense
 from peft_jax._numerics.lazy.flow import mark, mark_dense
 from peft_jax._numerics.lazy.loops import rebuilt_checkpoint, rebuilt_scan
-from peft_jax._numerics.lazy.operations import OPERATIONS, PRODUCTS
-from peft_jax._numerics.lazy.products import Product
+from peft_jax._numerics.lazy.operations import OPERATIONS
+from peft_jax._numerics.lazy.products import PRODUCTS, Product
 from peft_jax._numerics.lazy.tracer import LazyTracer, is_lazy, weight_of
-from peft_jax._numerics.lazy.weight import LazyWeight, Scaled, has_dropout, with_keys
+from peft_jax._numerics.lazy.weight import LazyWeight, Part, Scaled, has_dropout, with_keys
 
 __all__ = [
     "Frame",
@@ -104,42 +104,32 @@ class Frame(Trace):
     def _dense(self, value: Any, reason: str) -> Any:
         if not isinstance(value, LazyTracer):
             return value
-        weight = weight_of(value.lazy)
-        if value.dense is None:
-            with set_current_trace(self.parent):
-                value.dense = dense(value.lazy)
-        if self.record is None:
-            return value.dense
-        number, result = len(self.record), value.dense
-        self._note(weight, reason, None)
         with set_current_trace(self.parent):
-            for use in range(number, len(self.record)):
-                result = mark_dense(result, use)
-        return result
+            return self._noted(weight_of(value.lazy), reason, None, self._sum_of(value), mark_dense)
 
-    def _note(
+    def _sum_of(self, tracer: LazyTracer) -> Any:
+        if tracer._trace is not self:  # computed in another trace, it would not outlive this one
+            return dense(tracer.lazy)
+        if tracer.dense is None:
+            tracer.dense = dense(tracer.lazy)
+        return tracer.dense
+
+    def _noted(
         self,
         weight: LazyWeight,
         operation: str,
         roles: Sequence[str] | None,
-    ) -> None:
+        value: Any,
+        marked: Callable[[Any, int], Any],
+    ) -> Any:
+        """The value, with a mark for each parameter of the weight if uses are recorded."""
         if self.record is None:
-            return
+            return value
         for part in weight.parts:
-            stored: list[set[str]] | None = None
-            if roles is not None:
-                stored = [set() for _ in part.shape]
-                for role, axes in zip(roles, part.origin, strict=True):
-                    for axis in axes:
-                        stored[axis].add(role)
-            self.record.append(
-                Use(
-                    part.source,
-                    part.shape,
-                    operation,
-                    None if stored is None else tuple(map(frozenset, stored)),
-                )
-            )
+            value = marked(value, len(self.record))
+            stored = None if roles is None else _stored_roles(part, roles)
+            self.record.append(Use(part.source, part.shape, operation, stored))
+        return value
 
     @contextlib.contextmanager
     def nested(self) -> Iterator[Frame]:
@@ -196,15 +186,11 @@ class Frame(Trace):
         if not isinstance(found, Product):
             return found
         weight = next(weight_of(one) for one in given if isinstance(one, LazyWeight | Scaled))
-        if self.record is None:
-            return found.value
-        number = len(self.record)
-        self._note(weight, primitive.name, found.roles)
-        # One mark for each parameter of the view, in the order of the notes.
-        value = found.value
-        for use in range(number, len(self.record)):
-            value = mark(value, found.operand, use)
-        return value
+
+        def marked(value: Any, use: int) -> Any:
+            return mark(value, found.operand, use)
+
+        return self._noted(weight, primitive.name, found.roles, found.value, marked)
 
     def _fresh(self, lazy: LazyWeight | Scaled) -> LazyWeight | Scaled:
         """The weight with masks of its own for this operation, if it draws some."""
@@ -260,6 +246,14 @@ class Frame(Trace):
             return run(*(plain(arg, self) for arg in args), **params)
 
         return process
+
+
+def _stored_roles(part: Part, roles: Sequence[str]) -> tuple[frozenset[str], ...]:
+    """The roles of a view's axes, for each axis that is stored."""
+    return tuple(
+        frozenset(role for role, axes in zip(roles, part.origin, strict=True) if axis in axes)
+        for axis in range(len(part.shape))
+    )
 
 
 def in_frame() -> Frame | None:

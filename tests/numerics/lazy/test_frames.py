@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, key_of, loss_of, numbers, partly_slow
 
-from peft_jax._numerics.lazy import Factor, Term, frame, is_lazy, lazy_weight
+from peft_jax._numerics import Factor, Term, frame, is_lazy, lazy_weight
 
 RANK, SCALING = 2, 0.5
 
@@ -527,6 +527,29 @@ def test_nested_frames_and_values_that_leave():
         assert is_lazy(w.T[0])
         assert not is_lazy(y)
     assert_close(y, x @ case.dense(arrays))
+
+
+@pytest.mark.parametrize("custom", [jax.custom_jvp, jax.custom_vjp, jax.checkpoint, jax.jit])
+def test_dense_weights_do_not_outlive_the_trace_that_made_them(custom):
+    """The same weight is needed dense inside of a function that closes over it, and after it."""
+    case = CASES["matmul"]
+    arrays, x = case.arrays(), case.input
+
+    def function(w, x):
+        inside = custom(lambda x: x @ jnp.tanh(w))
+        if custom is jax.custom_jvp:
+            inside.defjvp(lambda primals, tangents: (inside(primals[0]), tangents[0] @ jnp.tanh(w)))
+        if custom is jax.custom_vjp:
+            inside.defvjp(lambda x: (x @ jnp.tanh(w), None), lambda _, g: (g @ jnp.tanh(w).T,))
+        return inside(x) + x @ jnp.tanh(w)
+
+    def lazy(arrays, x):
+        with frame() as opened:
+            return opened.plain(function(opened.lazy(case.lazy(arrays)), x))
+
+    expected = function(case.dense(arrays), x)
+    assert_close(jax.jit(lazy)(arrays, x), expected)
+    assert_close(lazy(arrays, x), expected)
 
 
 def test_python_looks_at_values():

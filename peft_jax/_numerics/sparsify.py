@@ -12,6 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+__all__ = [
+    "MAJORITY_SIGN_METHODS",
+    "elected_mean",
+    "keep_all",
+    "keep_largest",
+    "keep_random",
+    "rescaled",
+    "weighted_sum",
+]
+
+
 Array = jax.Array
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
